@@ -1,0 +1,127 @@
+"""A trained agent from a run folder, with stable-baselines3's `predict`."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+
+from mtrl_imgrad.checkpoint import load_checkpoint, read_config
+from mtrl_imgrad.config import Config
+from mtrl_imgrad.evaluation import Episode, evaluate, write_rows
+from mtrl_imgrad.learner import Learner
+from mtrl_imgrad.run import choose_device, metaworld
+
+
+@dataclass(frozen=True)
+class Policy:
+    """One task's policy. It applies the stored observation normalisation and the task's identity."""
+
+    agent: Agent
+    task: int
+
+    def predict(
+        self,
+        obs: Float[np.ndarray, "*rows entries"],
+        state: None = None,
+        episode_start: Bool[np.ndarray, ...] | None = None,
+        deterministic: bool = False,
+    ) -> tuple[Float[np.ndarray, "*rows actions"], None]:
+        """Actions in [-1, 1] for one observation `[39]` or several `[n, 39]`, as Meta-World gives them.
+
+        The signature is stable-baselines3's; `state` and `episode_start` are for recurrent policies and not used, and
+        the second result is None.
+        """
+        single = np.ndim(obs) == 1
+        rows = torch.as_tensor(np.atleast_2d(obs), dtype=torch.float32)
+        learner = self.agent.learner
+        # The network is evaluated for all tasks at once; only this task's rows are kept.
+        observations = rows.to(learner.device).expand(learner.tasks, -1, -1)
+        shape = (learner.tasks, len(rows), learner.action_size)
+        noise = None if deterministic else torch.randn(shape, generator=self.agent.generator).to(learner.device)
+        actions = learner.act(observations, noise)[self.task].cpu().numpy()
+        return (actions[0] if single else actions), None
+
+
+@dataclass(frozen=True)
+class Agent:
+    """A trained multi-task agent.
+
+    Attributes:
+        config: the run's configuration.
+        tasks: task names, in the order of the network's task index.
+        step: simulator steps per task that it was trained for.
+        learner: its networks.
+        generator: for actions that are not deterministic.
+    """
+
+    config: Config
+    tasks: tuple[str, ...]
+    step: int
+    learner: Learner
+    generator: torch.Generator
+
+    def policy(self, task: str) -> Policy:
+        """The policy of one task.
+
+        Raises:
+            ValueError: the agent was not trained on this task.
+        """
+        if task not in self.tasks:
+            near = difflib.get_close_matches(task, self.tasks, 1, 0.0)
+            raise ValueError(
+                f"task: {task!r} is not one of this agent's {len(self.tasks)}; the nearest is {near[0]!r}."
+            )
+        return Policy(self, self.tasks.index(task))
+
+
+def load(run: str | Path, device: str = "cpu") -> Agent:
+    """The agent of a run's newest checkpoint.
+
+    Args:
+        run: the run folder.
+        device: where its networks go.
+
+    Raises:
+        ValueError: the folder is no run's, or has no checkpoint.
+    """
+    folder = Path(run)
+    config = read_config(folder)
+    state, parts = load_checkpoint(folder, torch.device(device))
+    tasks = tuple(state["tasks"])
+    generator = torch.Generator().manual_seed(config.seed)
+    learner = Learner(
+        config, len(tasks), state["observation_size"], state["action_size"], torch.device(device), generator
+    )
+    learner.load_state_dict(parts["learner"])
+    return Agent(config, tasks, state["step"], learner, generator)
+
+
+def evaluate_run(run: str | Path, device: str = "auto") -> tuple[list[Episode], str]:
+    """Every goal of every task once with the deterministic policy of the newest checkpoint; written to the run's
+    `eval.csv`.
+
+    Returns:
+        The episodes, and the name of the protocol.
+
+    Raises:
+        ValueError: the folder is no run's, or has no checkpoint.
+    """
+    folder, chosen = Path(run), choose_device(device)
+    agent = load(folder, str(chosen))
+    world = metaworld(agent.config, json.loads((folder / "goals.json").read_text()))
+    envs = world.evaluation()
+    try:
+        goals = np.arange(world.goals)
+        episodes = evaluate(
+            lambda x: agent.learner.act(x.to(chosen), None), envs, agent.tasks, goals, agent.step, agent.config
+        )
+    finally:
+        envs.close()
+    write_rows(folder / "eval.csv", episodes)
+    return episodes, agent.config.protocol

@@ -1,0 +1,129 @@
+"""Run folders and checkpoints: tensors in safetensors, everything else JSON or YAML. Nothing is ever unpickled.
+
+    runs/<name>/config.yaml command.txt versions.json goals.json progress.csv eval.csv tensorboard/ checkpoints/<step>/
+
+A checkpoint is taken at a moment when every training episode has just ended, so that no simulator state is part of it:
+a resumed run gives the same numbers as one that was never stopped. It is written beside its place and renamed, and the
+previous one is removed afterwards.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mtrl_imgrad.config import Config, aggregator_name, from_dict, to_dict
+from mtrl_imgrad.version import __version__
+
+FORMAT = 1
+PACKAGES = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "stable_baselines3")
+
+
+def run_name(config: Config) -> str:
+    """`<benchmark>-<aggregator>-s<seed>`."""
+    tasks = config.benchmark.tasks
+    benchmark = tasks[0].lower() if len(tasks) == 1 else f"{len(tasks)}tasks"
+    return f"{benchmark}-{aggregator_name(config.aggregator).replace(':', '.')}-s{config.seed}"
+
+
+def create_run(config: Config, goals: Any) -> Path:
+    """Make the run folder and write what describes the run.
+
+    Raises:
+        FileExistsError: `run_dir` was given and is not empty.
+    """
+    if config.run_dir:
+        folder = Path(config.run_dir)
+        if folder.exists() and any(folder.iterdir()):
+            raise FileExistsError(f"run_dir: {folder} exists and is not empty; use --resume {folder} to go on with it.")
+    else:
+        wanted = Path("runs") / run_name(config)
+        folder, number = wanted, 2
+        while folder.exists():
+            folder, number = Path(f"{wanted}-{number}"), number + 1
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "goals.json").write_text(json.dumps(goals))
+    describe_run(folder, config)
+    return folder
+
+
+def describe_run(folder: Path, config: Config) -> None:
+    """Write the configuration, the versions, and one more line of the command history."""
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
+    with (folder / "command.txt").open("a") as file:
+        file.write(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
+    versions = (
+        {"mtrl_imgrad": __version__}
+        | {name: version(name) for name in PACKAGES}
+        | {"python": platform.python_version()}
+    )
+    (folder / "versions.json").write_text(json.dumps(versions | {"protocol": config.protocol}, indent=1))
+
+
+def read_config(folder: Path) -> Config:
+    """The configuration of a run.
+
+    Raises:
+        ValueError: the folder is not a run's, or its configuration is from another version.
+    """
+    path = folder / "config.yaml"
+    if not path.is_file():
+        raise ValueError(f"run: {folder} is no run folder; it has no config.yaml.")
+    try:
+        return from_dict(yaml.safe_load(path.read_text()))
+    except (yaml.YAMLError, AttributeError, TypeError, KeyError, UnicodeDecodeError) as error:
+        raise ValueError(f"run: {path} is not a configuration of this version ({type(error).__name__}).") from None
+
+
+def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
+    """Save named groups of tensors and a JSON state as `checkpoints/<step>`, then remove older ones.
+
+    Args:
+        folder: the run folder.
+        step: simulator steps per task.
+        parts: file name -> tensors.
+        state: everything that is not a tensor.
+    """
+    place = folder / "checkpoints" / f"{step:010d}"
+    beside = place.with_suffix(".tmp")
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    for name, tensors in parts.items():
+        save_file(
+            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, beside / f"{name}.safetensors"
+        )
+    (beside / "state.json").write_text(json.dumps({"format": FORMAT, "step": step} | state))
+    shutil.rmtree(place, ignore_errors=True)
+    os.replace(beside, place)
+    for older in place.parent.iterdir():
+        if older != place:
+            shutil.rmtree(older)
+    return place
+
+
+def load_checkpoint(folder: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The newest checkpoint of a run: its JSON state, and its groups of tensors on `device`.
+
+    Raises:
+        ValueError: there is none, or it has another format.
+    """
+    found = sorted(path for path in folder.glob("checkpoints/*") if path.suffix != ".tmp")
+    if not found:
+        raise ValueError(f"run: {folder} has no checkpoint yet.")
+    state = json.loads((found[-1] / "state.json").read_text())
+    if state.get("format") != FORMAT:
+        raise ValueError(
+            f"run: checkpoint {found[-1]} has format {state.get('format')!r}; this version reads {FORMAT}."
+        )
+    return state, {path.stem: load_file(path, device=str(device)) for path in found[-1].glob("*.safetensors")}

@@ -1,0 +1,327 @@
+"""The command line: `mtrl-imgrad train | evaluate | list`.
+
+YAML overlays become flags, and all flags go through one parser, so that there is one grammar and one style of error;
+later ones win. A user's mistake ends with exit code 2 and at most two lines on stderr.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import dataclasses
+import difflib
+import io
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from mtrl_imgrad.aggregators import AGGREGATORS, resolve
+from mtrl_imgrad.config import Config, to_dict
+
+PROGRAM = "mtrl-imgrad"
+TRAIN_HELP = """Train a multi-task SAC agent on Meta-World.
+
+Overlays come first and are merged in the order given; every other flag wins over them:
+  --config NAME|PATH        a YAML overlay: a file, or one of those that `mtrl-imgrad list configs` shows
+  --benchmark NAME          MT10, MT25, MT50 or a task; short for --benchmark.tasks NAME
+  --aggregator NAME         a rule that `mtrl-imgrad list aggregators` shows, or module:Class; its fields become
+  --aggregator.FIELD
+  --resume RUN              go on with a run folder from its newest checkpoint; of its configuration, how long and how
+  to report may change
+
+Lengths and intervals are in simulator steps per task.
+
+Example: mtrl-imgrad train --config mt10 --aggregator imgrad --aggregator.c 0.4 --seed 3"""
+CHANGEABLE = ("run_dir", "device", "threads", "eval", "log", "checkpoint", "sac.steps")
+"""What may differ from the stored configuration on a resume."""
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in at most two lines."""
+
+
+@contextlib.contextmanager
+def told_as_user_errors() -> Iterator[None]:
+    """Errors that a wrong field, path or task raises, as a UserError. Training itself does not run under it: a bug
+    there must show its traceback."""
+    try:
+        yield
+    except (ValueError, MemoryError, OSError) as error:
+        raise UserError(str(error)) from None
+
+
+def configs_folder() -> Path:
+    """Where the overlays are: inside an installed package, or beside it in a checkout."""
+    packaged = Path(__file__).parent / "configs"
+    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def read_overlay(name: str) -> dict[str, Any]:
+    """A YAML overlay by path or by the name of a shipped one.
+
+    Raises:
+        UserError: there is no such file, or it is not a YAML mapping.
+    """
+    shipped = {path.stem: path for path in sorted(configs_folder().glob("*.yaml"))}
+    path = Path(name) if Path(name).is_file() else shipped.get(name.removesuffix(".yaml"))
+    if path is None:
+        near = difflib.get_close_matches(Path(name).stem, shipped, 1, 0.0)
+        raise UserError(f"config: no file and no shipped configuration is named {name!r}; the nearest is {near[0]!r}.")
+    try:
+        overlay = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise UserError(f"config: {path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
+    if not isinstance(overlay, dict):
+        raise UserError(f"config: {path} must be a YAML mapping of fields; it is {type(overlay).__name__}.")
+    return overlay
+
+
+def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Lay one overlay over another. Another aggregator replaces the former with its fields."""
+    merged = dict(below)
+    for key, value in above.items():
+        under = merged.get(key)
+        replaces = (
+            key == "aggregator"
+            and isinstance(value, dict)
+            and isinstance(under, dict)
+            and value.get("name", under.get("name")) != under.get("name")
+        )
+        merged[key] = (
+            merge(under, value) if isinstance(under, dict) and isinstance(value, dict) and not replaces else value
+        )
+    return merged
+
+
+def flags_of(overlay: dict[str, Any], prefix: str = "--") -> list[str]:
+    """An overlay as command-line flags."""
+    flags: list[str] = []
+    for key, value in overlay.items():
+        if isinstance(value, dict):
+            flags += flags_of(value, f"{prefix}{key}.")
+        else:
+            flags += [f"{prefix}{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+    return flags
+
+
+def take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Split `--name value` and `--name=value` of the given names, in order, from the other arguments.
+
+    Raises:
+        UserError: a value is missing.
+    """
+    taken: list[tuple[str, str]] = []
+    rest: list[str] = []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        name, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or name not in names:
+            rest.append(argument)
+        elif equals:
+            taken.append((name, value))
+        elif left and not left[0].startswith("--"):
+            taken.append((name, left.pop(0)))
+        else:
+            raise UserError(f"--{name}: a value is missing.")
+    return taken, rest
+
+
+def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -> Config:
+    """A configuration from overlays and flags.
+
+    Args:
+        arguments: the command line after `train`.
+        base: an overlay below all others.
+
+    Raises:
+        UserError: something in them is not allowed.
+        SystemExit: `--help` was asked for and printed.
+    """
+    taken, flags = take_options(arguments, ("config", "benchmark", "aggregator"))
+    overlay: dict[str, Any] = base or {}
+    for name, value in taken:
+        if name == "config":
+            overlay = merge(overlay, read_overlay(value))
+        elif name == "benchmark":
+            overlay = merge(overlay, {"benchmark": {"tasks": [value]}})
+        else:
+            shipped = value in AGGREGATORS and (configs_folder() / f"{value}.yaml").is_file()
+            overlay = merge(overlay, read_overlay(value) if shipped else {"aggregator": {"name": value}})
+    section = overlay.get("aggregator", {})
+    if not isinstance(section, dict):
+        raise UserError(f"aggregator: {section!r} must be a mapping with a name and the rule's fields.")
+    fields = dict(section)
+    with told_as_user_errors():
+        rule = resolve(str(fields.pop("name", "imgrad")))
+        default = dataclasses.field(default_factory=rule)
+    typed = dataclasses.make_dataclass("Config", [("aggregator", rule, default)], bases=(Config,), frozen=True)
+    typed.__doc__ = Config.__doc__
+    tokens = flags_of(overlay | {"aggregator": fields}) + flags
+    _refuse_unknown(tokens, field_names(typed))
+    return parse(typed, [{"true": "True", "false": "False"}.get(token, token) for token in tokens], "train", TRAIN_HELP)
+
+
+def field_names(kind: Any, prefix: str = "") -> list[str]:
+    """Dotted names of all fields of a configuration class."""
+    names: list[str] = []
+    for field in dataclasses.fields(kind):
+        nested = field.default_factory if dataclasses.is_dataclass(field.default_factory) else None
+        names += field_names(nested, f"{prefix}{field.name}.") if nested else [f"{prefix}{field.name}"]
+    return names
+
+
+def _refuse_unknown(tokens: Sequence[str], names: Sequence[str]) -> None:
+    for token in tokens:
+        name = token[2:].partition("=")[0].replace("-", "_")
+        if token.startswith("--") and name not in (*names, "help"):
+            near = difflib.get_close_matches(name, names, 1, 0.0)[0]
+            raise UserError(f"{name}: there is no such field; the nearest is --{near}.\nSee `{PROGRAM} train --help`.")
+
+
+def parse(kind: Any, arguments: Sequence[str], command: str, description: str | None = None) -> Any:
+    """tyro's parser, with its boxed messages told in two lines.
+
+    Raises:
+        UserError: an argument is wrong.
+        SystemExit: help was asked for and printed.
+    """
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            config = (tyro.conf.FlagConversionOff,)
+            return tyro.cli(
+                kind, args=list(arguments), prog=f"{PROGRAM} {command}", description=description, config=config
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+    lines = [re.sub(r"[│╭╮╰╯├┤─]|\x1b\[[0-9;]*m", " ", line).strip(" -") for line in message.getvalue().splitlines()]
+    filled = [line for line in lines if line]
+    ends = ("Perhaps you meant", "Argument helptext", "For full helptext", "Arguments similar")
+    until = next((i for i, line in enumerate(filled) if line.startswith(ends)), len(filled))
+    raise UserError(f"{' '.join(filled[1:until]).rstrip('.')}.\nSee `{PROGRAM} {command} --help`.")
+
+
+def command_train(arguments: Sequence[str]) -> None:
+    from mtrl_imgrad.checkpoint import read_config
+    from mtrl_imgrad.run import Run
+    from mtrl_imgrad.trainer import run_training
+
+    taken, rest = take_options(arguments, ("resume",))
+    resume = Path(taken[-1][1]) if taken else None
+    base = None
+    if resume:
+        with told_as_user_errors():
+            base = to_dict(read_config(resume))
+    config = parse_config(rest, base)
+    if base:
+        _refuse_changes(base, to_dict(config))
+    with told_as_user_errors():
+        run = Run(config, resume)
+    with run:
+        run_training(run)
+
+
+def _refuse_changes(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> None:
+    """A resumed run must stay the run that it was."""
+    for key, value in wanted.items():
+        name = f"{prefix}{key}"
+        if name in CHANGEABLE or value == stored.get(key):
+            continue
+        if isinstance(value, dict) and isinstance(stored.get(key), dict):
+            _refuse_changes(stored[key], value, f"{name}.")
+        else:
+            raise UserError(
+                f"{name}: the run has {stored.get(key)!r}, and a resumed run cannot change it to {value!r}."
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluateOptions:
+    """Evaluate a run's newest checkpoint: every goal of every task once, with the deterministic policy. Writes
+    RUN/eval.csv."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """Run folder."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks run; auto is cuda where there is one, else cpu."""
+
+
+def command_evaluate(arguments: Sequence[str]) -> None:
+    from mtrl_imgrad.agent import evaluate_run
+    from mtrl_imgrad.evaluation import table
+
+    options: EvaluateOptions = parse(EvaluateOptions, arguments, "evaluate")
+    with told_as_user_errors():
+        episodes, protocol = evaluate_run(options.run, options.device)
+    print(table(episodes))
+    print(f"{options.run / 'eval.csv'}: protocol {protocol}, every goal once, deterministic policy")
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOptions:
+    """Show what there is to choose from."""
+
+    what: Annotated[Literal["tasks", "aggregators", "configs"], tyro.conf.Positional]
+    """Tasks and task sets, aggregators with their fields, or shipped configurations."""
+
+
+def command_list(arguments: Sequence[str]) -> None:
+    options: ListOptions = parse(ListOptions, arguments, "list")
+    if options.what == "tasks":
+        from mtrl_imgrad.envs import task_sets
+
+        for name, tasks in task_sets().items():
+            print(f"{name}: {' '.join(tasks)}")
+    elif options.what == "aggregators":
+        for name, rule in AGGREGATORS.items():
+            fields = ", ".join(f"{f.name}={getattr(rule(), f.name)!r}" for f in dataclasses.fields(rule))  # pyright: ignore[reportArgumentType]
+            print(f"{name:<10} {(rule.__doc__ or '').strip().splitlines()[0]}\n{'':<10} {fields or 'no fields'}")
+    else:
+        for path in sorted(configs_folder().glob("*.yaml")):
+            print(f"{path.stem:<14} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
+
+
+COMMANDS = {"train": command_train, "evaluate": command_evaluate, "list": command_list}
+USAGE = f"""usage: {PROGRAM} COMMAND ...
+
+  train      train an agent:                {PROGRAM} train --config quickstart
+  evaluate   evaluate a run on every goal:  {PROGRAM} evaluate runs/NAME
+  list       show what there is to choose:  {PROGRAM} list tasks|aggregators|configs
+
+{PROGRAM} COMMAND --help explains every field."""
+
+
+def keep_freed_memory() -> None:
+    """Tell glibc to keep large freed blocks. By default it returns them to the kernel, and every update faults its
+    temporaries in again, page by page: 13 % of a quick-start update on a virtual machine. Elsewhere this does nothing.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        libc = ctypes.CDLL("libc.so.6")
+        mmap_threshold, trim_threshold = -3, -1  # M_MMAP_THRESHOLD and M_TRIM_THRESHOLD of malloc.h
+        libc.mallopt(mmap_threshold, 32 * 2**20)
+        libc.mallopt(trim_threshold, 2**30)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command and return the exit code: 0, or 2 for a user's mistake."""
+    keep_freed_memory()
+    command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
+    if command in ("-h", "--help"):
+        print(USAGE)
+        return 0
+    try:
+        if command not in COMMANDS:
+            near = difflib.get_close_matches(command, COMMANDS, 1, 0.0)[0]
+            raise UserError(f"{command!r} is no command; the nearest is {near!r}.\nSee `{PROGRAM} --help`.")
+        COMMANDS[command](rest)
+    except UserError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 2
+    return 0

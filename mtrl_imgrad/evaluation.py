@@ -1,0 +1,120 @@
+"""Evaluation: a deterministic policy on its own environments, each goal of each task once, as tidy rows."""
+
+from __future__ import annotations
+
+import csv
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gymnasium.vector import VectorEnv
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from mtrl_imgrad.config import Config
+
+Act = Callable[[Float[Tensor, "tasks rows entries"]], Float[Tensor, "tasks rows actions"]]
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One evaluation episode, a row of `eval.csv`.
+
+    Attributes:
+        step: simulator steps per task that the policy had trained for.
+        task: task name.
+        goal: index of the goal among the run's goals.
+        episode: running number of this task's episode in this evaluation.
+        success: 1 if some step had Meta-World's success, else 0.
+        return: sum of the rewards, unscaled and undiscounted.
+        steps_to_success: simulator steps until the first success (rounded up to a decision), or -1.
+    """
+
+    step: int
+    task: str
+    goal: int
+    episode: int
+    success: int
+    return_: float
+    steps_to_success: int
+
+
+COLUMNS = [item.name.rstrip("_") for item in fields(Episode)]
+
+
+def goal_subset(goals: int, wanted: int) -> Int[np.ndarray, " chosen"]:
+    """A fixed, evenly spaced subset of goal indices."""
+    return np.unique(np.linspace(0, goals - 1, min(goals, wanted)).round().astype(int))
+
+
+def evaluate(
+    act: Act, envs: VectorEnv, tasks: Sequence[str], goals: Int[np.ndarray, " chosen"], step: int, config: Config
+) -> list[Episode]:
+    """Run every task (in parallel) through every chosen goal (one after another).
+
+    Args:
+        act: observations `[K, 1, .]` -> actions `[K, 1, .]`, deterministic.
+        envs: one environment per task, used for nothing else; SAME_STEP autoreset and `options["goals"]` as in
+            `MetaworldVectorEnv`.
+        tasks: the task names.
+        goals: goal indices, the same for every task.
+        step: training steps per task, written into the rows.
+        config: for the horizon and the action repeat.
+    """
+    decisions = -(-config.eval.horizon // config.envs.action_repeat)
+    observations, _ = envs.reset(options={"goals": np.tile(goals, (len(tasks), 1))})
+    rows: list[Episode] = []
+    for episode, goal in enumerate(goals):
+        returns, first_success = np.zeros(len(tasks)), np.full(len(tasks), -1)
+        running = np.ones(len(tasks), dtype=bool)
+        for decision in range(decisions):
+            actions = act(torch.as_tensor(observations)[:, None])
+            observations, rewards, terminated, truncated, infos = envs.step(actions[:, 0].cpu().numpy())
+            returns += rewards * running
+            won = infos["success"] & running & (first_success < 0)
+            first_success[won] = min((decision + 1) * config.envs.action_repeat, config.eval.horizon)
+            running &= ~(terminated | truncated)
+        for k, task in enumerate(tasks):
+            to_success = int(first_success[k])
+            rows.append(Episode(step, task, int(goal), episode, int(to_success >= 0), float(returns[k]), to_success))
+    return sorted(rows, key=lambda row: tasks.index(row.task))
+
+
+def success_per_task(rows: Sequence[Episode]) -> dict[str, float]:
+    """Share of successful episodes of each task, in the order of the rows."""
+    tasks = dict.fromkeys(row.task for row in rows)
+    return {task: float(np.mean([row.success for row in rows if row.task == task])) for task in tasks}
+
+
+def write_rows(path: Path, episodes: Sequence[Episode]) -> None:
+    """Add episodes to a tidy CSV; those of the same step, from an earlier evaluation or an interrupted run, are
+    replaced."""
+    lines: list[list[Any]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            lines = list(csv.reader(file))[1:]
+    lines = [line for line in lines if int(line[0]) != episodes[0].step]
+    beside = path.with_suffix(".tmp")
+    with beside.open("w", newline="") as file:
+        csv.writer(file).writerows([COLUMNS, *lines, *(list(asdict(episode).values()) for episode in episodes)])
+    os.replace(beside, path)
+
+
+def table(rows: Sequence[Episode]) -> str:
+    """Success, return and steps to success of each task and their mean, as text."""
+    width = max(len(row.task) for row in rows)
+    lines = [f"{'task':<{width}}  episodes  success   return  steps to success"]
+    for task in dict.fromkeys(row.task for row in rows):
+        mine = [row for row in rows if row.task == task]
+        won = [row.steps_to_success for row in mine if row.success]
+        steps = f"{np.mean(won):16.0f}" if won else f"{'-':>16}"
+        returns = np.mean([row.return_ for row in mine])
+        lines.append(
+            f"{task:<{width}}  {len(mine):8d}  {np.mean([row.success for row in mine]):7.2f}  {returns:7.0f}  {steps}"
+        )
+    mean = np.mean(list(success_per_task(rows).values()))
+    return "\n".join([*lines, f"{'mean over tasks':<{width}}  {len(rows):8d}  {mean:7.2f}"])

@@ -1,0 +1,240 @@
+"""What a run tells: progress.csv, TensorBoard and the console, through stable-baselines3's Logger.
+
+Every tag is explained in docs/metrics.md; a test fails when one is missing there.
+"""
+
+from __future__ import annotations
+
+import csv
+import os
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+
+from mtrl_imgrad.learner import Metrics
+
+
+class ProgressCsv(KVWriter):
+    """A CSV file that survives a resume and takes columns that appear later. (stable-baselines3's writer erases the
+    file when it is opened.)
+
+    Args:
+        path: the file.
+        keep_to: rows beyond this step are dropped when the file is opened, because the run that continues writes them
+            again.
+    """
+
+    def __init__(self, path: Path, keep_to: int) -> None:
+        self.path = path
+        self.columns: list[str] = ["step"]
+        kept: list[dict[str, str]] = []
+        if path.exists():
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                self.columns = list(reader.fieldnames or self.columns)
+                kept = [row for row in reader if int(row["step"]) <= keep_to]
+        self._rewrite(kept)
+
+    def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
+        new = sorted(set(key_values) - set(self.columns))
+        if new:
+            with self.path.open(newline="") as file:
+                rows = list(csv.DictReader(file))
+            self.columns += new
+            self._rewrite(rows)
+        with self.path.open("a", newline="") as file:
+            csv.DictWriter(file, self.columns, restval="").writerow({"step": step} | key_values)
+
+    def close(self) -> None:
+        """Nothing is kept open between rows."""
+
+    def _rewrite(self, rows: Sequence[dict[str, str]]) -> None:
+        beside = self.path.with_suffix(".tmp")
+        with beside.open("w", newline="") as file:
+            writer = csv.DictWriter(file, self.columns, restval="")
+            writer.writeheader()
+            writer.writerows(rows)
+        os.replace(beside, self.path)
+
+
+class TensorBoard(TensorBoardOutputFormat):
+    """stable-baselines3's TensorBoard writer, which hides events after `purge_step` that an interrupted run left."""
+
+    def __init__(self, folder: Path, purge_step: int | None) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._is_closed = False
+
+
+class Averages:
+    """Means of an update's metrics since the last log row, kept on the device so that no update waits for the host."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.sums: dict[str, Tensor] = {}
+
+    def add(self, metrics: Metrics) -> None:
+        for tag, value in (metrics.per_task | metrics.scalars).items():
+            value = value.double()
+            self.sums[tag] = self.sums[tag] + value if tag in self.sums else value
+        self.count += 1
+
+    def pop(self, tasks: Sequence[str]) -> dict[str, float]:
+        """Tag -> mean, with `<tag>/<task>` and the mean over tasks for numbers per task; then starts anew."""
+        means: dict[str, float] = {}
+        for tag, total in self.sums.items():
+            values = (total / self.count).tolist()
+            if isinstance(values, list):
+                means |= {f"{tag}/{task}": value for task, value in zip(tasks, values, strict=True)}
+                values = float(np.mean(values))
+            means[tag] = values
+        self.count, self.sums = 0, {}
+        return means
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.sums | {"count": torch.tensor(self.count)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.count = int(state["count"])
+        self.sums = {tag: value for tag, value in state.items() if tag != "count"}
+
+
+class EpisodeStatistics:
+    """Success, return and length of the training episodes that ended since the last log row, per task."""
+
+    def __init__(self, tasks: int) -> None:
+        self.ended = np.zeros((4, tasks))  # episodes, successes, returns, lengths
+
+    def add(self, done: np.ndarray, infos: dict[str, np.ndarray]) -> None:
+        """Take the episodes that ended in one vector step; rows are task-major."""
+        if done.any():
+            values = (
+                np.stack([np.ones(len(done)), infos["success"], infos["episode_return"], infos["episode_length"]])
+                * done
+            )
+            self.ended += values.reshape(4, self.ended.shape[1], -1).sum(-1)
+
+    def pop(self, tasks: Sequence[str]) -> dict[str, float]:
+        """Tag -> value, without tasks of which no episode ended; then starts anew."""
+        tags: dict[str, float] = {}
+        episodes = self.ended[0]
+        with_episodes = episodes > 0
+        means = self.ended[1:] / np.maximum(episodes, 1)
+        for tag, values in zip(
+            ("rollout/success_rate", "rollout/ep_rew_mean", "rollout/ep_len_mean"), means, strict=True
+        ):
+            if with_episodes.any():
+                tags[tag] = float(values[with_episodes].mean())
+            tags |= {f"{tag}/{task}": float(values[k]) for k, task in enumerate(tasks) if with_episodes[k]}
+        self.ended[:] = 0
+        return tags
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"ended": torch.as_tensor(self.ended.copy())}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        self.ended = state["ended"].cpu().numpy().copy()
+
+
+class Stopwatch:
+    """Where the wall-clock time between two log rows goes. On a GPU, an update's time is the time to launch it."""
+
+    def __init__(self, step: int) -> None:
+        self.step, self.started = step, time.perf_counter()
+        self.seconds: dict[str, float] = {}
+        self.counts: dict[str, int] = {}
+
+    @contextmanager
+    def measure(self, name: str) -> Iterator[None]:
+        before = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before
+        self.counts[name] = self.counts.get(name, 0) + 1
+
+    def pop(self, step: int, tasks: int, aggregation_seconds: float) -> dict[str, float]:
+        """Tags of the interval that ends at `step`; then starts anew."""
+        now = time.perf_counter()
+        training = now - self.started - self.seconds.get("evaluation", 0.0)
+        tags = {f"time/{name}_ms": 1000 * total / self.counts[name] for name, total in self.seconds.items()}
+        if "update" in self.counts:
+            tags["time/aggregation_ms"] = 1000 * aggregation_seconds / self.counts["update"]
+        tags["time/fps"] = (step - self.step) * tasks / training
+        self.step, self.started, self.seconds, self.counts = step, now, {}, {}
+        return tags
+
+
+class RunLog:
+    """The logger of one run: rows to progress.csv and TensorBoard, a line or a bar to the console.
+
+    Args:
+        folder: the run folder.
+        total: simulator steps per task at the end of training.
+        start: step from which this process trains; later rows of an interrupted run are dropped.
+        tensorboard: whether to write TensorBoard events.
+    """
+
+    def __init__(self, folder: Path, total: int, start: int, tensorboard: bool) -> None:
+        writers: list[KVWriter] = [ProgressCsv(folder / "progress.csv", start)]
+        if tensorboard:
+            writers.append(TensorBoard(folder / "tensorboard", start or None))
+        self.logger = Logger(str(folder), writers)
+        self.console = Console(highlight=False, soft_wrap=True)
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.percentage:3.0f} %"),
+            TimeRemainingColumn(),
+        )
+        self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
+        self.bar = self.progress.add_task("starting", total=total, completed=start)
+        self.total, self.start, self.started = total, start, time.perf_counter()
+        self.success: dict[str, float] = {}
+        self.warned = 0
+        self.progress.start()
+
+    def print(self, text: str) -> None:
+        """A line for the reader, above the progress bar where there is one."""
+        self.console.print(text, markup=False)
+
+    def row(self, step: int, values: dict[str, float]) -> None:
+        """Write one row to every format and tell the console."""
+        for tag, value in values.items():
+            self.logger.record(tag, value)
+        self.logger.dump(step)
+        for name, tag in (("training", "rollout/success_rate"), ("evaluation", "eval/success_rate")):
+            if tag in values:
+                self.success[name] = values[tag]
+        success = (
+            ", ".join(f"{name} success {rate:.2f}" for name, rate in self.success.items()) or "no episode ended yet"
+        )
+        line = f"step {step:,}/{self.total:,}  {success}  {values['time/fps']:,.0f} steps/s"
+        self.progress.update(self.bar, completed=step, description=line)
+        if not self.console.is_terminal:
+            left = (time.perf_counter() - self.started) / (step - self.start) * (self.total - step)
+            self.print(f"{line}  {left / 60:.1f} min left")
+
+    def warn_of_non_finite(self, counts: Tensor, tasks: Sequence[str]) -> None:
+        """Say so if updates were skipped since the last call, naming tasks and losses."""
+        total = int(counts.sum())
+        if total > self.warned:
+            named = [
+                f"{loss} of {task}: {int(number)}"
+                for loss, row in zip(("critic loss", "actor loss", "temperature loss"), counts, strict=True)
+                for task, number in zip(tasks, row, strict=True)
+                if number
+            ]
+            self.print(f"warning: non-finite losses, their updates were skipped ({'; '.join(named)})")
+            self.warned = total
+
+    def close(self) -> None:
+        self.progress.stop()
+        self.logger.close()

@@ -1,0 +1,256 @@
+"""A run's parts put together (the composition root), and how they are saved and found again."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+import numpy as np
+import psutil
+import torch
+from gymnasium.vector import VectorEnv
+from torch import Tensor
+
+from mtrl_imgrad.checkpoint import create_run, describe_run, load_checkpoint, save_checkpoint
+from mtrl_imgrad.config import Config, aggregator_name
+from mtrl_imgrad.envs import Goals, MetaworldVectorEnv, expand_tasks, make_goals
+from mtrl_imgrad.learner import Learner
+from mtrl_imgrad.logs import Averages, EpisodeStatistics, RunLog
+from mtrl_imgrad.replay import Replay
+from mtrl_imgrad.rewards import RewardNormalizer
+
+EMA_RATE = 0.001
+"""Rate of mtrl's reward normalisation."""
+STREAMS = ("envs", "replay", "policy", "aggregation", "network")
+"""What draws random numbers, in the order of `SeedSequence(seed).spawn`; new streams go to the end, or old seeds change
+their meaning."""
+
+
+@dataclass(frozen=True)
+class World:
+    """The environments of a run.
+
+    Attributes:
+        tasks: task names.
+        goals: goals per task.
+        description: what the run folder keeps in `goals.json` to make the same world again.
+        training: makes the training environments, whose streams come from the given sequence; rows are task-major.
+        evaluation: makes one environment per task for evaluation.
+    """
+
+    tasks: tuple[str, ...]
+    goals: int
+    description: dict[str, Any]
+    training: Callable[[np.random.SeedSequence], VectorEnv]
+    evaluation: Callable[[], VectorEnv]
+
+
+MakeWorld = Callable[[Config, "dict[str, Any] | None"], World]
+
+
+def metaworld(config: Config, description: dict[str, Any] | None) -> World:
+    """Meta-World as configured; `description` is that of an earlier run, whose goals are to be used again."""
+    tasks = expand_tasks(config.benchmark.tasks)
+    goal_seed = config.seed if config.envs.goal_seed is None else config.envs.goal_seed
+    goals = Goals.from_dict(description) if description else make_goals(tasks, goal_seed, config.benchmark.goals)
+    common: Any = {"reward": config.benchmark.reward, "action_repeat": config.envs.action_repeat}
+
+    def training(stream: np.random.SeedSequence) -> VectorEnv:
+        envs = config.envs
+        seed = config.seed if envs.seeding == "metaworld" else stream
+        return MetaworldVectorEnv(
+            tasks,
+            goals,
+            seed=seed,
+            seeding=envs.seeding,
+            envs_per_task=envs.envs_per_task,
+            horizon=envs.horizon,
+            **common,
+        )
+
+    def evaluation() -> VectorEnv:
+        return MetaworldVectorEnv(tasks, goals, seed=0, horizon=config.eval.horizon, **common)
+
+    return World(tasks, goals.num_goals, goals.to_dict(), training, evaluation)
+
+
+class Saved(Protocol):
+    """A part whose tensors a checkpoint holds."""
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+@dataclass(frozen=True)
+class Generators:
+    """The random streams that draw tensors on the training device."""
+
+    replay: torch.Generator
+    policy: torch.Generator
+    aggregation: torch.Generator
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {name: generator.get_state() for name, generator in vars(self).items()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        for name, generator in vars(self).items():
+            generator.set_state(state[name].cpu())
+
+
+def choose_device(name: str) -> torch.device:
+    """cuda where there is one, unless `cpu` is asked for.
+
+    Raises:
+        ValueError: cuda is asked for and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("device: 'cuda' is not available here; allowed are 'auto' and 'cpu'.")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+class Run:
+    """Everything that one training run owns. A context manager: it closes its environments and files.
+
+    Args:
+        config: what to train.
+        resume: a run folder to go on with from its newest checkpoint; None starts a new one.
+        make_world: makes the environments.
+
+    Raises:
+        ValueError: a field is not allowed, or the folder cannot be resumed.
+        MemoryError: the replay does not fit.
+        FileExistsError: the run folder exists.
+    """
+
+    def __init__(self, config: Config, resume: Path | None = None, make_world: MakeWorld = metaworld) -> None:
+        self.config, self.device = config, choose_device(config.device)
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.world = make_world(config, json.loads((resume / "goals.json").read_text()) if resume else None)
+        self.tasks = self.world.tasks
+        self.rows = (len(self.tasks), config.envs.envs_per_task)
+
+        streams = dict(zip(STREAMS, np.random.SeedSequence(config.seed).spawn(len(STREAMS)), strict=True))
+        seeds = {name: int(stream.generate_state(1, np.uint64)[0]) for name, stream in streams.items()}
+        self.envs: Any = self.world.training(streams["envs"])
+        self.evaluation_envs: VectorEnv | None = None
+        sizes = (self.envs.single_observation_space.shape[0], self.envs.single_action_space.shape[0])
+        self.generators = Generators(
+            *(torch.Generator(self.device).manual_seed(seeds[name]) for name in ("replay", "policy", "aggregation"))
+        )
+        network_generator = torch.Generator().manual_seed(seeds["network"])
+        self.learner = Learner(config, len(self.tasks), *sizes, self.device, network_generator)
+        self.replay = Replay(
+            config.replay.capacity,
+            *self.rows,
+            *sizes,
+            gamma=config.sac.gamma,
+            n_step=config.sac.n_step,
+            device=self.device,
+        )
+        self.normalizer = RewardNormalizer(
+            len(self.tasks), EMA_RATE if config.envs.reward_normalization == "ema" else 0.0
+        )
+        self.averages, self.episodes = Averages(), EpisodeStatistics(len(self.tasks))
+
+        self.start = 0
+        envs_state = self._restore(resume) if resume else None
+        first, _ = self.envs.load_state_dict(envs_state) if envs_state else self.envs.reset()
+        self.observations = self.on_device(first)
+        self.folder = resume or create_run(config, self.world.description)
+        if resume:
+            describe_run(resume, config)
+        self.log = RunLog(self.folder, config.sac.steps, self.start, config.log.tensorboard)
+
+    def __enter__(self) -> Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.log.close()
+        self.envs.close()
+        if self.evaluation_envs:
+            self.evaluation_envs.close()
+
+    def on_device(self, array: np.ndarray) -> Tensor:
+        """Rows `[K * E, .]` of the environments as `[K, E, .]` on the training device."""
+        return torch.as_tensor(array, device=self.device).reshape(*self.rows, *array.shape[1:])
+
+    def act(self, observations: Tensor) -> Tensor:
+        """The deterministic policy, for evaluation."""
+        return self.learner.act(observations.to(self.device), None)
+
+    def steps(self) -> range:
+        """Simulator steps per task after each vector step still to be taken."""
+        return range(self.start + self.config.vector_step, self.config.sac.steps + 1, self.config.vector_step)
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether this vector step reached a multiple of `every`; never for 0."""
+        return every > 0 and step // every > (step - self.config.vector_step) // every
+
+    def announce(self) -> None:
+        """What a user wants to know before training begins."""
+        shared, own = self.learner.parameter_counts()
+        config = self.config
+        for line in (
+            f"run folder: {self.folder}" + (f" (going on from step {self.start:,})" if self.start else ""),
+            f"tasks: {', '.join(self.tasks)}",
+            f"aggregator: {aggregator_name(config.aggregator)}; evaluation protocol: {config.protocol}",
+            f"device: {self.device}, {torch.get_num_threads()} threads; "
+            f"parameters: {shared:,} shared, {own:,} of single tasks",
+            f"replay: {self.replay.bytes / 2**20:,.0f} MiB for {config.replay.capacity:,} transitions per task",
+            f"watch: tensorboard --logdir {self.folder / 'tensorboard'}"
+            if config.log.tensorboard
+            else "TensorBoard is off",
+        ):
+            self.log.print(line)
+
+    def evaluation(self) -> VectorEnv:
+        """The evaluation environments, made when they are first needed."""
+        self.evaluation_envs = self.evaluation_envs or self.world.evaluation()
+        return self.evaluation_envs
+
+    def _saved(self) -> dict[str, Saved]:
+        return {
+            "learner": self.learner,
+            "replay": self.replay,
+            "generators": self.generators,
+            "rewards": self.normalizer,
+            "averages": self.averages,
+            "episodes": self.episodes,
+        }
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint. It resumes exactly where `envs.at_episode_start` holds; elsewhere the running episodes
+        are lost."""
+        parts = {
+            name: part.state_dict()
+            for name, part in self._saved().items()
+            if name != "replay" or self.config.checkpoint.replay
+        }
+        sizes = {"observation_size": self.replay.observations.shape[-1], "action_size": self.learner.action_size}
+        envs_state = self.envs.state_dict() if self.envs.at_episode_start else None
+        save_checkpoint(self.folder, step, parts, {"tasks": self.tasks, "envs": envs_state} | sizes)
+
+    def _restore(self, folder: Path) -> dict[str, Any] | None:
+        state, parts = load_checkpoint(folder, self.device)
+        if "replay" not in parts:
+            raise ValueError(
+                f"run: {folder} was saved with checkpoint.replay false; it can be evaluated, but not trained further."
+            )
+        for name, part in self._saved().items():
+            part.load_state_dict(parts[name])
+        self.start = state["step"]
+        return state["envs"]
+
+
+def process_seconds() -> float:
+    """Wall-clock seconds since this process started."""
+    return time.time() - psutil.Process().create_time()

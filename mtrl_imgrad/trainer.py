@@ -1,0 +1,110 @@
+"""The training loop, one function read from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from mtrl_imgrad.config import Config
+from mtrl_imgrad.evaluation import evaluate, goal_subset, success_per_task, table, write_rows
+from mtrl_imgrad.logs import Stopwatch
+from mtrl_imgrad.run import MakeWorld, Run, metaworld, process_seconds
+
+
+def train(config: Config, resume: Path | None = None, make_world: MakeWorld = metaworld) -> Path:
+    """Train a multi-task SAC agent and return its run folder.
+
+    Args:
+        config: what to train.
+        resume: a run folder to go on with from its newest checkpoint; None starts a new one.
+        make_world: makes the environments; Meta-World by default.
+
+    Raises:
+        ValueError: a field is not allowed, or the folder cannot be resumed.
+        MemoryError: the replay does not fit.
+        FileExistsError: the run folder exists.
+    """
+    with Run(config, resume, make_world) as run:
+        return run_training(run)
+
+
+def run_training(run: Run) -> Path:
+    """The loop: act, store, learn, evaluate, report, save."""
+    config = run.config
+    run.announce()
+    sac, learner, replay, random = config.sac, run.learner, run.replay, run.generators
+    chosen_goals = goal_subset(run.world.goals, config.eval.goals_per_task)
+    watch = Stopwatch(run.start)
+    checkpoint_due = False
+    for step in run.steps():
+        # Act: uniformly at random during the warm-up, then with the policy
+        shape = (*run.rows, learner.action_size)
+        uniform = torch.rand(shape, generator=random.policy, device=run.device) * 2 - 1
+        noise = torch.randn(shape, generator=random.policy, device=run.device)
+        with watch.measure("stepping"):
+            learner.observe(run.observations)
+            actions = uniform if step <= sac.warmup else learner.act(run.observations, noise)
+            next_observations, rewards, terminated, truncated, infos = run.envs.step(
+                actions.flatten(0, 1).cpu().numpy()
+            )
+
+        # Store the true next observation: where an episode ended, that is not the one which the next action is for
+        replay.add(
+            run.observations,
+            actions,
+            run.on_device(run.normalizer(rewards)),
+            run.on_device(infos["final_obs"]),
+            run.on_device(terminated),
+            run.on_device(truncated),
+        )
+        run.episodes.add(terminated | truncated, infos)
+        run.observations = run.on_device(next_observations)
+
+        # Learn
+        if step > sac.warmup and replay.windows > 0:
+            for _ in range(sac.updates_per_step):
+                with watch.measure("update"):
+                    batch = replay.gather(replay.draw(sac.batch_per_task, random.replay))
+                    metrics = learner.update(batch, learner.draw_noise(random.policy, random.aggregation))
+                    run.averages.add(metrics)
+
+        # Evaluate on a few goals
+        evaluating = run.due(config.eval.every, step)
+        evaluated: dict[str, float] = {}
+        if evaluating:
+            with watch.measure("evaluation"):
+                episodes = evaluate(run.act, run.evaluation(), run.tasks, chosen_goals, step, config)
+            write_rows(run.folder / "eval_training.csv", episodes)
+            evaluated = {f"eval/success_rate/{task}": rate for task, rate in success_per_task(episodes).items()}
+            evaluated["eval/success_rate"] = float(np.mean(list(evaluated.values())))
+
+        # Report
+        if evaluating or run.due(config.log.every, step) or step == run.steps()[-1]:
+            counts = {"train/updates": float(learner.state["updates"]), "rollout/transitions": step * len(run.tasks)}
+            times = watch.pop(step, len(run.tasks), learner.pop_aggregation_seconds())
+            run.log.row(step, counts | run.episodes.pop(run.tasks) | run.averages.pop(run.tasks) | evaluated | times)
+            run.log.warn_of_non_finite(learner.non_finite, run.tasks)
+
+        # Save at the next moment when no episode is under way
+        checkpoint_due |= run.due(config.checkpoint.every, step)
+        if checkpoint_due and run.envs.at_episode_start:
+            run.save(step)
+            checkpoint_due = False
+
+    last = max(run.start, run.steps()[-1]) if run.steps() else run.start
+    run.log.print(f"last update {process_seconds() / 60:.2f} minutes after the process started")
+    run.save(last)
+    if config.eval.final:
+        started = time.perf_counter()
+        episodes = evaluate(run.act, run.evaluation(), run.tasks, np.arange(run.world.goals), last, config)
+        write_rows(run.folder / "eval.csv", episodes)
+        run.log.print(table(episodes))
+        minutes = (time.perf_counter() - started) / 60
+        run.log.print(
+            f"final evaluation: {minutes:.2f} minutes; "
+            f"protocol {config.protocol}, every goal once, deterministic policy"
+        )
+    return run.folder
