@@ -85,6 +85,7 @@ def run_training(run: Run) -> Path:
         if evaluating or run.due(config.log.every, step) or step == run.steps()[-1]:
             counts = {"train/updates": float(learner.state["updates"]), "rollout/transitions": step * len(run.tasks)}
             times = watch.pop(step, len(run.tasks), learner.pop_aggregation_seconds())
+            times["time/elapsed"] = process_seconds()
             run.log.row(step, counts | run.episodes.pop(run.tasks) | run.averages.pop(run.tasks) | evaluated | times)
             run.log.warn_of_non_finite(learner.non_finite, run.tasks)
 

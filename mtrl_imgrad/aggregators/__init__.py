@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import os
 import sys
+from pathlib import Path
 
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator
 from mtrl_imgrad.aggregators.cagrad import CAGrad
@@ -43,7 +43,7 @@ def resolve(name: str) -> type[Aggregator]:
         raise ValueError(f"aggregator: got {name!r}; {hint}allowed: {', '.join(AGGREGATORS)}, or module:Class")
 
     module_name, _, class_name = name.partition(":")
-    here = os.getcwd()
+    here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
         module = importlib.import_module(module_name)

@@ -39,15 +39,15 @@ class ConicGrad(Aggregator):
 
     Values of c for MT10 and MT50: unknown. No state. Cost: two solves. Diagnostics: `cos_theta`, `gap`.
 
-    Identities: ||d|| = ||g0|| and cos(d, g0) = max(c, cos_theta); c = 1 gives g0; c <= cos_theta gives MGDA's direction;
-    K identical gradients g give g.
+    Identities: ||d|| = ||g0|| and cos(d, g0) = max(c, cos_theta); c = 1 gives g0; c <= cos_theta gives MGDA's
+    direction; K identical gradients g give g.
     """
 
     c: float = 0.5
     """Cosine of the cone's half-angle around the mean gradient (0 to 1)."""
 
     on_infeasible: Infeasible = "boundary"
-    """If no direction in the cone descends for all tasks: the best on the cone's surface, the mean gradient, or zero."""
+    """If no direction in the cone descends for all tasks: the best on its surface, the mean gradient, or zero."""
 
     solver: Route = "auto"
     """Where the K x K problem is solved: host (numpy), device (torch, no host copy), or auto (host for CPU tensors)."""

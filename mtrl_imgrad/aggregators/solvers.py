@@ -3,10 +3,10 @@
     minimise  f(w) = p.w + r sqrt(w'Mw) + (q/2) w'Mw   over the simplex {w >= 0, sum w = 1},   r, q >= 0
 
 * device route: a primal-dual interior point in torch. Batched, fixed number of steps, nothing waits for the host.
-* host route: an active set in numpy, for CPU tensors. Each support has a closed-form minimiser; block pivoting
-  (Kim and Park 2011, for non-negative least squares) finds the support, usually in 2 to 7 factorisations. It is exact
-  to rounding. A Gramian that it cannot certify, or where J^T w vanishes, goes to the device route, so that both
-  routes answer degenerate cases alike.
+* host route: an active set in numpy, for CPU tensors (active_set.py). Each support has a closed-form minimiser; block
+  pivoting (Kim and Park 2011, for non-negative least squares) finds the support, usually in 2 to 7 factorisations. It
+  is exact to rounding. A Gramian that it cannot certify, or where J^T w vanishes, goes to the device route, so that
+  both routes answer degenerate cases alike.
 
 Both see M + delta diag(M) with the smallest delta of 1e-13, 1e-10, ..., 0.1 that lets Cholesky succeed. For a float64
 Gramian that is 1e-13, as if every task had a private coordinate of 3e-7 times its norm, and makes w unique. Larger
@@ -15,32 +15,26 @@ values occur only for Gramians that are not positive semi-definite, such as roun
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import NDArray
-from scipy.linalg.lapack import dposv, dpotrf
 from torch import Tensor
+
+from mtrl_imgrad.aggregators.active_set import NEAR_ZERO, RIDGES, active_set
 
 Route = Literal["auto", "device", "host"]
 ROUTES: tuple[Route, ...] = ("auto", "device", "host")
 
-# J^T w counts as zero where ||J^T w||^2 is at most this fraction of sum_i w_i ||g_i||^2.
-NEAR_ZERO = 1e-10
 # Ties in a linear objective go to the shortest J^T w, through an r of at least this fraction of max|p| + r + q.
 TIE_BREAK = 1e-10
-RIDGES = (1e-13, 1e-10, 1e-7, 1e-4, 1e-1)
-CERTIFIED = 1e-9  # the relative gap above which the host route hands over
 UNCERTIFIED = 1e-6  # a gap above this after all steps occurs only at the kink J^T w = 0
 INTERIOR_POINT_STEPS = 25
 ROOT_STEPS = 6
 CENTRING = 0.15  # every step aims at this fraction of the present complementarity
 TO_BOUNDARY = 0.995
-PIVOTS = 60
 
 
 @dataclass(frozen=True)
@@ -51,8 +45,8 @@ class SimplexSolution:
     """w, on the simplex, 0 for inactive tasks."""
 
     unit: Float[Tensor, "*batch tasks"]
-    """Row weights w / ||J^T w|| of the unit vector; all 0 where J^T w vanishes at the optimum (0 lies in the hull of the
-    gradients) and no direction is defined."""
+    """Row weights w / ||J^T w|| of the unit vector; all 0 where J^T w vanishes at the optimum (0 lies in the hull of
+    the gradients) and no direction is defined."""
 
     gap: Float[Tensor, "*batch"]
     """(f(w) - the lower bound that the gradient at w gives) / |f(uniform weights)|, for the Gramian with its delta.
@@ -60,7 +54,7 @@ class SimplexSolution:
 
 
 class Problem(NamedTuple):
-    """The kernel's data, p, r and q divided by max|p| + r + q; the host route holds the same as numpy arrays."""
+    """The kernel's data, with p, r and q divided by max|p| + r + q."""
 
     matrix: Tensor
     linear: Tensor
@@ -83,7 +77,9 @@ def minimise_on_simplex(
 
     Args:
         gramian: M, of mean diagonal about 1, with zero rows for inactive tasks.
-        linear: p. norm: r >= 0. quadratic: q >= 0.
+        linear: p.
+        norm: r >= 0.
+        quadratic: q >= 0.
         active: at least one per Gramian.
         row_norms: squared norms that delta is relative to, where M is a difference; by default M's diagonal.
         solver: the route; `auto` takes the host for plain CPU tensors outside of torch.compile.
@@ -131,11 +127,12 @@ def step_length(value: Tensor, change: Tensor) -> Tensor:
 def device_route(problem: Problem) -> SimplexSolution:
     """Primal-dual interior point, then the closed-form minimiser on the support that it found.
 
-    Unknowns: w, its multipliers z, and the row weights v of a vector of norm <= 1 with ||J^T w|| v = w (the linearisation
-    of Conn and Overton for sums of norms; Newton on the norm itself may cycle near J^T w = 0). The Newton matrix is singular along w when q = 0; adding a multiple of 11', which the constraint sum w = 1 makes
-    harmless, cures that (without it the gap stalls near 1e-8). The kink at J^T w = 0 is rounded off by a
-    ridge that shrinks with the complementarity. Of the uniform weights, every iterate and the closed form, the one with
-    the smallest certified gap is returned, so steps lost to rounding cost nothing.
+    Unknowns: w, its multipliers z, and the row weights v of a vector of norm <= 1 with ||J^T w|| v = w, linearised as
+    Conn and Overton do for sums of norms (Newton on the norm itself may cycle near J^T w = 0). The kink at J^T w = 0 is
+    rounded off by a ridge that shrinks with the complementarity. The Newton matrix is singular along w when q = 0;
+    adding a multiple of 11', which the constraint sum w = 1 makes harmless, cures that (without it the gap stalls near
+    1e-8). Of the uniform weights, every iterate and the closed form, the one with the smallest certified gap is
+    returned, so steps lost to rounding cost nothing.
     """
     matrix = with_ridge(problem)
     active, norm, quadratic = problem.active, problem.norm[..., None], problem.quadratic[..., None]
@@ -151,8 +148,7 @@ def device_route(problem: Problem) -> SimplexSolution:
     highest = torch.where(active, slope, -torch.inf).amax(-1, keepdim=True)
     multipliers = torch.where(active, slope - 2.0 * lowest + highest + 1e-3, 1.0)
     weights = torch.where(active, uniform, 1.0 / count)
-    unit = uniform / length
-    support = active
+    unit, support, curvature = uniform / length, active, norm / length + quadratic
 
     for _ in range(INTERIOR_POINT_STEPS):
         complementarity = (ones * weights * multipliers).sum(-1, keepdim=True) / count
@@ -242,19 +238,17 @@ def relative_gap(gap: Tensor, uniform_value: Tensor) -> Tensor:
 # Host route
 # ---------------------------------------------------------------------------------------------------------------------
 
-Array = NDArray[np.float64]
-
 
 def host_route(problem: Problem) -> SimplexSolution:
     """Solves one Gramian after another in numpy; those that fail, all together on the device route."""
     batch, num_tasks = problem.norm.shape, problem.linear.shape[-1]
     flat = Problem(*(tensor.reshape(-1, *tensor.shape[len(batch) :]) for tensor in problem))
-    arrays = Problem(*(tensor.numpy(force=True) for tensor in flat))
-    count = len(arrays.linear)
+    arrays = [tensor.numpy(force=True) for tensor in flat]
+    count = len(arrays[0])
     weights, unit, gap = np.zeros((count, num_tasks)), np.zeros((count, num_tasks)), np.zeros(count)
     failed = []
-    for index in range(count):
-        answer = active_set(*(array[index] for array in arrays))
+    for index, data in enumerate(zip(*arrays, strict=True)):
+        answer = active_set(*data)
         if answer is None:
             failed.append(index)
         else:
@@ -266,106 +260,3 @@ def host_route(problem: Problem) -> SimplexSolution:
             answer[failed] = part
     shape = (*batch, num_tasks)
     return SimplexSolution(answers[0].reshape(shape), answers[1].reshape(shape), answers[2].reshape(batch))
-
-
-def active_set(
-    matrix: Array, linear: Array, norm: float, quadratic: float, row_norms: Array, active: NDArray[np.bool_]
-) -> tuple[Array, Array, float] | None:
-    """Block pivoting on the support: drop negative weights, let in tasks that would lower f, until neither is left.
-
-    All violators change sides at once; after three rounds without progress only the last one does (Murty's rule).
-
-    Returns:
-        w, w / ||J^T w|| and the relative gap; None without a certified answer or where J^T w vanishes.
-    """
-    if not active.all():
-        keep = np.flatnonzero(active)
-        answer = active_set(matrix[np.ix_(keep, keep)], linear[keep], norm, quadratic, row_norms[keep], active[keep])
-        if answer is None:
-            return None
-        weights, unit = np.zeros(len(active)), np.zeros(len(active))
-        weights[keep], unit[keep] = answer[0], answer[1]
-        return weights, unit, answer[2]
-
-    norm, quadratic, num_tasks = float(norm), float(quadratic), len(linear)
-    matrix = matrix.copy()
-    matrix.flat[:: num_tasks + 1] += RIDGES[0] * row_norms
-    if dpotrf(matrix, lower=1)[1] != 0:
-        return None
-    support, weights = np.ones(num_tasks, dtype=bool), np.zeros(num_tasks)
-    fewest, patience = num_tasks + 1, 3
-    for _ in range(PIVOTS):
-        chosen = support.nonzero()[0]
-        values, curvature, level = support_minimiser(matrix[chosen[:, None], chosen], linear[chosen], norm, quadratic)
-        wrong = np.zeros(num_tasks, dtype=bool)
-        wrong[chosen] = values < 0
-        if curvature > 0:
-            weights[:] = 0.0
-            weights[chosen] = values
-            wrong |= (linear + curvature * (matrix @ weights) < level - 1e-13) & ~support
-        num_wrong = int(wrong.sum())
-        if num_wrong == 0:
-            break
-        if num_wrong < fewest:
-            fewest, patience = num_wrong, 3
-        else:
-            patience -= 1
-        if patience >= 0:
-            support ^= wrong
-        else:
-            support[wrong.nonzero()[0][-1]] ^= True
-    else:
-        return None
-
-    weights /= weights.sum()
-    image = matrix @ weights
-    squared_norm = float(weights @ image)
-    if not squared_norm > NEAR_ZERO * float(weights @ row_norms):
-        return None
-    length = math.sqrt(squared_norm)
-    gradient = linear + (norm / length + quadratic) * image
-    gap = max(float(weights @ gradient - gradient.min()), 0.0)
-    uniform = float(matrix.mean())
-    size = abs(float(linear.mean()) + norm * math.sqrt(max(uniform, 0.0)) + quadratic / 2 * uniform)
-    gap = gap / size if size > 1e-12 else gap
-    return (weights, weights / length, gap) if gap <= CERTIFIED else None
-
-
-def support_minimiser(matrix: Array, linear: Array, norm: float, quadratic: float) -> tuple[Array, float, float]:
-    """The minimiser of f over sum w = 1 (signs free), its k = r / ||J^T w|| + q, and the multiplier of the constraint.
-
-    Stationarity is p + k M w = level 1. With A = 1'M^-1 1, B = 1'M^-1 p and D = p'M^-1 p - B^2 / A it gives
-    w = M^-1 ((k + B) / A 1 - p) / k and ||J^T w||^2 = 1 / A + D / k^2, so (k - q) sqrt(1 / A + D / k^2) = r, whose left
-    side grows with k. If q = 0 and D >= r^2 there is no minimiser: the direction of descent comes back, with k = 0.
-    """
-    offset = float(linear.mean())
-    sides = np.ones((len(linear), 2), order="F")
-    sides[:, 1] = linear - offset
-    solved = dposv(matrix, sides, lower=1)[1]
-    ones, tilted = solved[:, 0], solved[:, 1]
-    a, b = float(ones.sum()), float(tilted.sum())
-    d = max(float(tilted @ sides[:, 1]) - b * b / a, 0.0)
-    if quadratic == 0.0:
-        if norm * norm <= d:
-            return (b / a) * ones - tilted, 0.0, 0.0
-        curvature = math.sqrt(a * (norm * norm - d))
-    else:
-        curvature = positive_root(a, d, norm, quadratic)
-    level = (curvature + b) / a
-    return (level * ones - tilted) / curvature, curvature, level + offset
-
-
-def positive_root(a: float, d: float, norm: float, quadratic: float) -> float:
-    """The k >= q with (k - q) sqrt(1/a + d/k^2) = r: Newton kept inside a shrinking bracket."""
-    low, high = quadratic, quadratic + norm * math.sqrt(a)
-    k = high
-    for _ in range(100):
-        length = math.sqrt(1.0 / a + d / (k * k))
-        excess = (k - quadratic) * length - norm
-        low, high = (low, k) if excess > 0 else (k, high)
-        newton = k - excess / (length - (k - quadratic) * d / (k**3 * length))
-        new = newton if low <= newton <= high else (low + high) / 2
-        if abs(new - k) <= 1e-15 * k:
-            break
-        k = new
-    return k

@@ -1,0 +1,127 @@
+"""The host route of solvers.py for one Gramian: block pivoting with a closed form on every support, in numpy.
+
+Meant for few tasks, where the overhead of array calls counts more than arithmetic: 2 to 7 small factorisations.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.linalg import get_lapack_funcs
+
+Array = NDArray[np.float64]
+
+# J^T w counts as zero where ||J^T w||^2 is at most this fraction of sum_i w_i ||g_i||^2.
+NEAR_ZERO = 1e-10
+RIDGES = (1e-13, 1e-10, 1e-7, 1e-4, 1e-1)  # fractions of diag(M) to add, see solvers.py
+CERTIFIED = 1e-9  # the relative gap above which the answer is withheld
+PIVOTS = 60
+
+solve_positive, factorise = get_lapack_funcs(("posv", "potrf"), dtype=np.float64)
+
+
+def active_set(
+    matrix: Array, linear: Array, norm: float, quadratic: float, row_norms: Array, active: NDArray[np.bool_]
+) -> tuple[Array, Array, float] | None:
+    """Minimises p.w + r sqrt(w'Mw) + (q/2) w'Mw over the simplex of the active tasks, with max|p| + r + q = 1.
+
+    Block pivoting on the support: drop negative weights, let in tasks that would lower f, until neither is left.
+    All violators change sides at once; after three rounds without progress only the last one does (Murty's rule).
+
+    Returns:
+        w, w / ||J^T w|| and the relative gap; None without a certified answer or where J^T w vanishes.
+    """
+    if not active.all():
+        keep = np.flatnonzero(active)
+        answer = active_set(matrix[np.ix_(keep, keep)], linear[keep], norm, quadratic, row_norms[keep], active[keep])
+        if answer is None:
+            return None
+        weights, unit = np.zeros(len(active)), np.zeros(len(active))
+        weights[keep], unit[keep] = answer[0], answer[1]
+        return weights, unit, answer[2]
+
+    norm, quadratic, num_tasks = float(norm), float(quadratic), len(linear)
+    for ridge in RIDGES:
+        shifted = matrix + np.diag(ridge * row_norms)
+        if factorise(shifted, lower=1)[1] == 0:
+            break
+    matrix = shifted
+    support, weights = np.ones(num_tasks, dtype=bool), np.zeros(num_tasks)
+    fewest, patience = num_tasks + 1, 3
+    for _ in range(PIVOTS):
+        chosen = support.nonzero()[0]
+        values, curvature, level = support_minimiser(matrix[chosen[:, None], chosen], linear[chosen], norm, quadratic)
+        wrong = np.zeros(num_tasks, dtype=bool)
+        wrong[chosen] = values < 0
+        if curvature > 0:
+            weights[:] = 0.0
+            weights[chosen] = values
+            wrong |= (linear + curvature * (matrix @ weights) < level - 1e-13) & ~support
+        num_wrong = int(wrong.sum())
+        if num_wrong == 0:
+            break
+        if num_wrong < fewest:
+            fewest, patience = num_wrong, 3
+        else:
+            patience -= 1
+        if patience >= 0:
+            support ^= wrong
+        else:
+            support[wrong.nonzero()[0][-1]] ^= True
+    else:
+        return None
+
+    weights /= weights.sum()
+    image = matrix @ weights
+    squared_norm = float(weights @ image)
+    if not squared_norm > NEAR_ZERO * float(weights @ row_norms):
+        return None
+    length = math.sqrt(squared_norm)
+    gradient = linear + (norm / length + quadratic) * image
+    gap = max(float(weights @ gradient - gradient.min()), 0.0)
+    uniform = float(matrix.mean())
+    size = abs(float(linear.mean()) + norm * math.sqrt(max(uniform, 0.0)) + quadratic / 2 * uniform)
+    gap = gap / size if size > 1e-12 else gap
+    return (weights, weights / length, gap) if gap <= CERTIFIED else None
+
+
+def support_minimiser(matrix: Array, linear: Array, norm: float, quadratic: float) -> tuple[Array, float, float]:
+    """The minimiser of f over sum w = 1 (signs free), its k = r / ||J^T w|| + q, and the multiplier of the constraint.
+
+    Stationarity is p + k M w = level 1. With A = 1'M^-1 1, B = 1'M^-1 p and D = p'M^-1 p - B^2 / A it gives
+    w = M^-1 ((k + B) / A 1 - p) / k and ||J^T w||^2 = 1 / A + D / k^2, so (k - q) sqrt(1 / A + D / k^2) = r, whose left
+    side grows with k. If q = 0 and D >= r^2 there is no minimiser: the direction of descent comes back, with k = 0.
+    """
+    offset = float(linear.mean())
+    sides = np.ones((len(linear), 2), order="F")
+    sides[:, 1] = linear - offset
+    solved = solve_positive(matrix, sides, lower=1)[1]
+    ones, tilted = solved[:, 0], solved[:, 1]
+    a, b = float(ones.sum()), float(tilted.sum())
+    d = max(float(tilted @ sides[:, 1]) - b * b / a, 0.0)
+    if quadratic == 0.0:
+        if norm * norm <= d:
+            return (b / a) * ones - tilted, 0.0, 0.0
+        curvature = math.sqrt(a * (norm * norm - d))
+    else:
+        curvature = positive_root(a, d, norm, quadratic)
+    level = (curvature + b) / a
+    return (level * ones - tilted) / curvature, curvature, level + offset
+
+
+def positive_root(a: float, d: float, norm: float, quadratic: float) -> float:
+    """The k >= q with (k - q) sqrt(1/a + d/k^2) = r: Newton kept inside a shrinking bracket."""
+    low, high = quadratic, quadratic + norm * math.sqrt(a)
+    k = high
+    for _ in range(100):
+        length = math.sqrt(1.0 / a + d / (k * k))
+        excess = (k - quadratic) * length - norm
+        low, high = (low, k) if excess > 0 else (k, high)
+        newton = k - excess / (length - (k - quadratic) * d / (k**3 * length))
+        new = newton if low <= newton <= high else (low + high) / 2
+        if abs(new - k) <= 1e-15 * k:
+            break
+        k = new
+    return k

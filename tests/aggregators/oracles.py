@@ -1,0 +1,67 @@
+"""Independent answers: scipy's NNLS, cvxpy with CLARABEL, and loops over explicit vectors."""
+
+from __future__ import annotations
+
+import cvxpy as cp
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import nnls
+
+Array = NDArray[np.float64]
+TOLERANCES = {"tol_gap_abs": 1e-13, "tol_gap_rel": 1e-13, "tol_feas": 1e-13}
+
+
+def coordinates(jacobian: Array) -> Array:
+    """The rows in an orthonormal basis of their span, scaled to mean squared norm 1: same geometry, fewer columns."""
+    triangle = np.linalg.qr(jacobian.T, mode="r").T
+    return triangle / np.sqrt((triangle**2).sum(1).mean())
+
+
+def mgda_weights(jacobian: Array) -> Array:
+    """min ||J^T w|| over the simplex is NNLS on [J^T; 1] w = [0; 1], normalised."""
+    rows = coordinates(jacobian)
+    system = np.vstack([rows.T, np.ones(len(rows))])
+    weights, _ = nnls(system, np.append(np.zeros(rows.shape[1]), 1.0), maxiter=1000)
+    return weights / weights.sum()
+
+
+def simplex_kernel(jacobian: Array, linear: Array, norm: float, quadratic: float) -> Array:
+    """argmin of p.w + r ||J^T w|| + (q/2) ||J^T w||^2 over the simplex."""
+    weights = cp.Variable(len(jacobian))
+    combined = jacobian.T @ weights
+    objective = linear @ weights + norm * cp.norm(combined) + quadratic / 2 * cp.sum_squares(combined)
+    cp.Problem(cp.Minimize(objective), [weights >= 0, cp.sum(weights) == 1]).solve(solver=cp.CLARABEL, **TOLERANCES)
+    return np.asarray(weights.value)
+
+
+def cagrad_primal(jacobian: Array, c: float) -> Array:
+    """argmax over d of min_i <g_i, d> subject to ||d - g0|| <= c ||g0||."""
+    mean = jacobian.mean(0)
+    direction = cp.Variable(jacobian.shape[1])
+    constraints = [cp.norm(direction - mean) <= c * np.linalg.norm(mean)]
+    cp.Problem(cp.Maximize(cp.min(jacobian @ direction)), constraints).solve(solver=cp.CLARABEL, **TOLERANCES)
+    return np.asarray(direction.value)
+
+
+def conic_primal(jacobian: Array, c: float) -> tuple[Array, float]:
+    """argmax and max of min_i <g_i, d> subject to <g0, d> >= c ||g0|| ||d||, ||d|| <= ||g0||."""
+    mean = jacobian.mean(0)
+    length = float(np.linalg.norm(mean))
+    direction = cp.Variable(jacobian.shape[1])
+    constraints = [c * length * cp.norm(direction) <= mean @ direction, cp.norm(direction) <= length]
+    problem = cp.Problem(cp.Maximize(cp.min(jacobian @ direction)), constraints)
+    problem.solve(solver=cp.CLARABEL, **TOLERANCES)
+    return np.asarray(direction.value), float(problem.value)
+
+
+def pcgrad_direction(jacobian: Array, order: NDArray[np.int64]) -> Array:
+    """Algorithm 1 of the PCGrad paper on explicit vectors, task i meeting the others in `order[i]`; the mean."""
+    projected = []
+    for task, gradient in enumerate(jacobian):
+        own = gradient.copy()
+        for other in order[task]:
+            partner = jacobian[other]
+            if other != task and own @ partner < 0:
+                own = own - (own @ partner) / (partner @ partner) * partner
+        projected.append(own)
+    return np.mean(projected, axis=0)

@@ -1,0 +1,58 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+
+from mtrl_imgrad.rewards import RewardNormalizer
+
+
+def _rewards(steps: int, rows: int) -> np.ndarray:
+    return np.random.default_rng(1).normal(2.0, 5.0, (steps, rows))
+
+
+@pytest.mark.parametrize("rate", [0.001, 0.3, 0.9])
+@pytest.mark.parametrize("envs", [1, 3])
+def test_equals_the_recursion_by_hand(rate, envs):
+    tasks, rewards = 2, _rewards(20, 2 * envs)
+    normalizer = RewardNormalizer(tasks, rate)
+    mean, variance = [0.0] * tasks, [1.0] * tasks
+    for row in rewards:
+        expected = []
+        for task in range(tasks):
+            for reward in row[task * envs : (task + 1) * envs]:
+                mean[task] = (1 - rate) * mean[task] + rate * reward
+                variance[task] = (1 - rate) * variance[task] + rate * (reward - mean[task]) ** 2
+                expected.append(reward / math.sqrt(variance[task]))
+        np.testing.assert_allclose(normalizer(row), expected, rtol=1e-10)
+
+
+def test_rate_zero_changes_nothing():
+    normalizer = RewardNormalizer(2, 0.0)
+    for row in _rewards(5, 4):
+        np.testing.assert_array_equal(normalizer(row), row)
+
+
+def test_input_is_left_alone_and_dtype_kept():
+    normalizer, row = RewardNormalizer(2, 0.1), _rewards(1, 4)[0].astype(np.float32)
+    before = row.copy()
+    assert normalizer(row).dtype == np.float32
+    np.testing.assert_array_equal(row, before)
+
+
+def test_a_long_run_of_rewards_ends_near_unit_variance():
+    normalizer = RewardNormalizer(1, 0.01)
+    results = np.concatenate([normalizer(row) for row in _rewards(4000, 1)])
+    assert results[1000:].std() == pytest.approx(1.0, rel=0.1)
+
+
+def test_state_round_trip_goes_on_with_the_same_numbers():
+    first, second = RewardNormalizer(2, 0.1), RewardNormalizer(2, 0.1)
+    rewards = _rewards(10, 4)
+    for row in rewards[:5]:
+        first(row)
+    second.load_state_dict(first.state_dict())
+    # All of one before any of the other: a state that moved with its source would show.
+    expected = [first(row) for row in rewards[5:]]
+    np.testing.assert_array_equal([second(row) for row in rewards[5:]], expected)

@@ -1,0 +1,311 @@
+"""The training loop on the tiny world: it learns, it counts, it repeats itself, and it goes on where it stopped."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny_world import TinyVectorEnv, make_world, tiny_config, tiny_sac
+
+from mtrl_imgrad import Config, train
+from mtrl_imgrad.aggregators import IMGrad, Mean
+from mtrl_imgrad.checkpoint import load_checkpoint
+from mtrl_imgrad.config import CheckpointConfig, EnvsConfig, EvalConfig, LogConfig, NetworkConfig
+from mtrl_imgrad.run import Run, World
+from mtrl_imgrad.trainer import run_training
+
+CPU = torch.device("cpu")
+TASKS = 4
+
+
+def short_config(run_dir: Path | str, **sections) -> Config:
+    """A short run with updates, evaluations and several log rows."""
+    defaults = {
+        "aggregator": Mean(),
+        "sac": tiny_sac(steps=120, warmup=40, batch_per_task=16),
+        "network": NetworkConfig(kind="multi_head", width=16, depth=2, observation_normalization=True),
+        "eval": EvalConfig(every=40, goals_per_task=3, horizon=10),
+        "log": LogConfig(every=20, tensorboard=False),
+    }
+    return tiny_config(run_dir, **(defaults | sections))
+
+
+def final_success(read_csv, folder: Path) -> float:
+    return np.mean([float(row["success"]) for row in read_csv(folder / "eval.csv")])
+
+
+def replay_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(folder, CPU)[1]["replay"]
+
+
+class TestLearning:
+    @pytest.mark.parametrize("rule", [Mean(), IMGrad()], ids=["mean", "imgrad"])
+    def test_the_tiny_world_is_learned(self, tmp_path, read_csv, rule):
+        folder = train(tiny_config(tmp_path / "run", aggregator=rule), make_world=make_world)
+        rows = read_csv(folder / "eval.csv")
+        assert len(rows) == 4 * 10
+        assert final_success(read_csv, folder) >= 0.9
+
+    def test_a_task_blind_network_cannot_learn_opposite_tasks(self, tmp_path, read_csv):
+        """So it is the task's identity that the test above needs."""
+        blind = NetworkConfig(kind="mlp", task_input="none", width=64, depth=2)
+        folder = train(tiny_config(tmp_path / "run", aggregator=Mean(), network=blind), make_world=make_world)
+        assert final_success(read_csv, folder) <= 0.3
+
+    @pytest.mark.parametrize(("terminates", "value"), [(False, 2.0), (True, 1.0)], ids=["truncation", "termination"])
+    def test_a_truncation_bootstraps_and_a_termination_does_not(self, tmp_path, read_csv, terminates, value):
+        """Reward 1 in episodes of one step, gamma 1/2: the value is 1 / (1 - gamma) where the end is only of the
+        episode, and 1 where it is of the world. The temperature is negligible."""
+        config = tiny_config(
+            tmp_path / "run",
+            aggregator=Mean(),
+            envs=EnvsConfig(horizon=1),
+            eval=EvalConfig(every=0, goals_per_task=1, horizon=1),
+            sac=tiny_sac(steps=500, warmup=50, gamma=0.5, tau=0.1, initial_temperature=1e-6, temperature_lr=1e-9),
+        )
+        folder = train(config, make_world=partial(make_world, constant_reward=1.0, terminates=terminates))
+        assert float(read_csv(folder / "progress.csv")[-1]["train/q_mean"]) == pytest.approx(value, abs=0.05)
+
+
+class TestRepeatability:
+    def test_the_same_seed_gives_the_same_numbers(self, tmp_path, read_progress):
+        first, second = (train(short_config(tmp_path / name), make_world=make_world) for name in ("a", "b"))
+        assert len(read_progress(first)) == 6
+        assert read_progress(first) == read_progress(second)
+        for name in ("eval.csv", "eval_training.csv"):
+            assert (first / name).read_bytes() == (second / name).read_bytes()
+
+    def test_another_seed_gives_other_numbers(self, tmp_path, read_progress):
+        first, second = (
+            read_progress(train(short_config(tmp_path / str(seed), seed=seed), make_world=make_world))
+            for seed in (1, 2)
+        )
+        for row, other in zip(first, second, strict=True):
+            assert row["rollout/ep_rew_mean"] != other["rollout/ep_rew_mean"]
+
+    def test_numbers_do_not_depend_on_torchs_global_generator(self, tmp_path, read_progress):
+        folders = []
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            folders.append(train(short_config(tmp_path / str(seed)), make_world=make_world))
+        assert read_progress(folders[0]) == read_progress(folders[1])
+
+    def test_evaluation_leaves_the_training_stream_alone(self, tmp_path, read_progress):
+        """Training rows are equal whether there are evaluations or not."""
+        with_eval = read_progress(train(short_config(tmp_path / "with"), make_world=make_world))
+        no_eval = EvalConfig(every=0, goals_per_task=3, horizon=10, final=False)
+        without = read_progress(train(short_config(tmp_path / "without", eval=no_eval), make_world=make_world))
+        assert any(row["eval/success_rate"] for row in with_eval)
+        stripped = [{tag: x for tag, x in row.items() if not tag.startswith("eval/")} for row in with_eval]
+        assert stripped == without
+
+
+@pytest.fixture(scope="module", params=[1, 3], ids=["one environment per task", "three environments per task"])
+def straight_and_resumed(request, tmp_path_factory) -> tuple[Path, Path]:
+    """A run of 240 steps, and one of 120 steps (an end of all episodes) that was resumed to 240."""
+    place = tmp_path_factory.mktemp("resume")
+    envs = EnvsConfig(horizon=10, envs_per_task=request.param)
+    half, whole = (tiny_sac(steps=steps, warmup=40, batch_per_task=16) for steps in (120, 240))
+    straight = train(short_config(place / "straight", envs=envs, sac=whole), make_world=make_world)
+    parts = short_config(place / "parts", envs=envs, sac=half)
+    train(parts, make_world=make_world)
+    return straight, train(replace(parts, sac=whole), resume=place / "parts", make_world=make_world)
+
+
+class TestResume:
+    def test_every_tensor_is_the_same(self, straight_and_resumed):
+        (state, straight), (resumed_state, resumed) = (load_checkpoint(folder, CPU) for folder in straight_and_resumed)
+        assert state == resumed_state
+        assert state["step"] == 240
+        assert set(straight) == set(resumed) >= {"learner", "replay", "generators"}
+        for part, tensors in straight.items():
+            for name, value in tensors.items():
+                assert torch.equal(value, resumed[part][name]), f"{part}/{name}"
+
+    def test_progress_is_the_same(self, straight_and_resumed, read_progress):
+        straight, resumed = (read_progress(folder) for folder in straight_and_resumed)
+        assert [row["step"] for row in straight][-1] == "240"
+        assert straight == resumed
+
+    def test_evaluations_are_the_same(self, straight_and_resumed, read_csv):
+        straight, resumed = (read_csv(folder / "eval_training.csv") for folder in straight_and_resumed)
+        assert {row["step"] for row in straight} >= {"120", "240"}
+        assert straight == resumed
+        final = [
+            [row for row in read_csv(folder / "eval.csv") if row["step"] == "240"] for folder in straight_and_resumed
+        ]
+        assert len(final[0]) == TASKS * 10
+        assert final[0] == final[1]
+
+    def test_the_run_folder_is_that_of_the_first_part(self, straight_and_resumed):
+        _, resumed = straight_and_resumed
+        assert len((resumed / "command.txt").read_text().splitlines()) == 2
+        assert (resumed / "goals.json").read_text() == '{"world": "tiny", "made": 1}'
+
+    def test_an_interrupted_run_loses_nothing_but_what_followed_its_checkpoint(self, tmp_path, read_progress):
+        """The process dies at step 110; the newest checkpoint is that of step 80."""
+
+        class PowerCutError(Exception):
+            pass
+
+        class Dying(TinyVectorEnv):
+            def step(self, actions):
+                if self.steps_taken == 109:
+                    raise PowerCutError
+                return super().step(actions)
+
+        def dying_world(config, description) -> World:
+            world = make_world(config, description)
+            return replace(
+                world, training=lambda stream: Dying(world.tasks, world.goals, stream, horizon=config.envs.horizon)
+            )
+
+        saving = CheckpointConfig(every=40)
+        straight = train(short_config(tmp_path / "straight", checkpoint=saving), make_world=make_world)
+        config = short_config(tmp_path / "cut", checkpoint=saving)
+        with pytest.raises(PowerCutError):
+            train(config, make_world=dying_world)
+        assert load_checkpoint(tmp_path / "cut", CPU)[0]["step"] == 80
+        assert read_progress(tmp_path / "cut")[-1]["step"] == "100"
+        train(config, resume=tmp_path / "cut", make_world=make_world)
+        assert read_progress(tmp_path / "cut") == read_progress(straight)
+        for name in ("eval.csv", "eval_training.csv"):
+            assert (tmp_path / "cut" / name).read_bytes() == (straight / name).read_bytes()
+
+    def test_a_finished_run_can_be_resumed_without_training(self, tmp_path, read_progress):
+        config = short_config(tmp_path / "run")
+        train(config, make_world=make_world)
+        before = read_progress(tmp_path / "run"), (tmp_path / "run" / "eval.csv").read_bytes()
+        train(config, resume=tmp_path / "run", make_world=make_world)
+        assert (read_progress(tmp_path / "run"), (tmp_path / "run" / "eval.csv").read_bytes()) == before
+
+    def test_without_the_replay_it_is_refused(self, tmp_path):
+        config = short_config(tmp_path / "run", checkpoint=CheckpointConfig(replay=False))
+        train(config, make_world=make_world)
+        with pytest.raises(ValueError, match=r"checkpoint\.replay"):
+            train(config, resume=tmp_path / "run", make_world=make_world)
+
+
+class TestCounting:
+    """Every interval is in simulator steps per task."""
+
+    @pytest.mark.parametrize(
+        ("envs_per_task", "action_repeat"), [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda value: str(value)
+    )
+    def test_a_vector_step_counts_environments_and_repeated_actions(
+        self, tmp_path, read_csv, envs_per_task, action_repeat
+    ):
+        envs = EnvsConfig(horizon=10, envs_per_task=envs_per_task, action_repeat=action_repeat)
+        with Run(short_config(tmp_path / "run", envs=envs), make_world=make_world) as run:
+            run_training(run)
+            assert run.envs.steps_taken * envs_per_task == 120
+            decisions = 120 // (envs_per_task * action_repeat)
+            assert run.replay.written == decisions
+        rows = read_csv(tmp_path / "run" / "progress.csv")
+        assert [int(row["step"]) for row in rows] == [20, 40, 60, 80, 100, 120]
+        assert [float(row["rollout/transitions"]) for row in rows] == [int(row["step"]) * TASKS for row in rows]
+        warmup = 40 // (envs_per_task * action_repeat)
+        assert float(rows[-1]["train/updates"]) == decisions - warmup
+        assert {float(row["rollout/ep_len_mean"]) for row in rows if row["rollout/ep_len_mean"]} == {10.0}
+
+    def test_the_final_steps_are_reported_where_the_interval_does_not_divide(self, tmp_path, read_csv):
+        config = short_config(tmp_path / "run", log=LogConfig(every=50, tensorboard=False), eval=EvalConfig(every=0))
+        train(config, make_world=make_world)
+        assert [row["step"] for row in read_csv(tmp_path / "run" / "progress.csv")] == ["50", "100", "120"]
+
+    @pytest.mark.parametrize("updates", [1, 3])
+    def test_updates_per_step(self, tmp_path, read_csv, updates):
+        config = short_config(
+            tmp_path / "run", sac=tiny_sac(steps=60, warmup=40, batch_per_task=8, updates_per_step=updates)
+        )
+        train(config, make_world=make_world)
+        assert float(read_csv(tmp_path / "run" / "progress.csv")[-1]["train/updates"]) == 20 * updates
+
+    def test_checkpoints_wait_for_the_end_of_the_episodes(self, tmp_path, monkeypatch):
+        """Due every 25 steps, episodes of 10: taken at 30, 50, 80, 100, and the last one at the end."""
+        saved = []
+        save = Run.save
+        monkeypatch.setattr(Run, "save", lambda self, step: (saved.append(step), save(self, step)))
+        train(short_config(tmp_path / "run", checkpoint=CheckpointConfig(every=25)), make_world=make_world)
+        assert saved == [30, 50, 80, 100, 120]
+        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000000120"]
+
+
+class TestWarmup:
+    def test_actions_are_uniform_and_nothing_is_learned(self, tmp_path, read_csv):
+        steps = 300
+        config = short_config(tmp_path / "run", sac=tiny_sac(steps=steps, warmup=steps))
+        folder = train(config, make_world=make_world)
+        actions = replay_of(folder)["actions"].flatten()
+        assert actions.min() >= -1
+        assert actions.max() <= 1
+        histogram = torch.histc(actions, 10, -1, 1) / len(actions)
+        # 2400 draws: the standard deviation of a bin's share is 0.006.
+        assert histogram.tolist() == pytest.approx([0.1] * 10, abs=0.03)
+        assert float(read_csv(folder / "progress.csv")[-1]["train/updates"]) == 0
+
+    def test_actions_come_from_the_policy_afterwards(self, tmp_path):
+        """A policy whose standard deviation is clipped to almost nothing does the same in the same state."""
+        network = NetworkConfig(kind="multi_head", width=16, depth=2, log_std_min=-20.0, log_std_max=-19.0)
+        sac = tiny_sac(steps=60, warmup=40, batch_per_task=8, actor_lr=1e-12, critic_lr=1e-12)
+        config = short_config(tmp_path / "run", network=network, sac=sac)
+        replay = replay_of(train(replace(config, benchmark=replace(config.benchmark, goals=1)), make_world=make_world))
+        first_actions = replay["actions"][::10]  # episodes start at the origin
+        torch.testing.assert_close(first_actions[4], first_actions[5], rtol=0, atol=1e-6)
+        assert (first_actions[0] - first_actions[1]).abs().min() > 1e-3
+
+
+class TestStoredTransitions:
+    def test_the_next_observation_is_the_final_one_where_an_episode_ends(self, tmp_path):
+        replay = replay_of(train(short_config(tmp_path / "run"), make_world=make_world))
+        ended, observations, following = (replay[name] for name in ("ended", "observations", "next_observations"))
+        assert ended[:, 0, 0].nonzero().flatten().tolist() == list(range(9, 120, 10))
+        starts = torch.arange(10, 120, 10)
+        # The next episode starts at the origin; the stored next observation is where the point really was.
+        assert (observations[starts][..., :2] == 0).all()
+        assert (following[starts - 1][..., :2].norm(dim=-1) > 0).all()
+        inside = ~ended[:-1, 0, 0]
+        assert torch.equal(following[:-1][inside], observations[1:][inside])
+        moved = following[..., :2] - observations[..., :2]
+        clipped = observations[..., :2].abs().amax(-1) + 0.2 > 1.5  # the border of the plane
+        torch.testing.assert_close(moved[~clipped], 0.2 * replay["actions"][~clipped], rtol=0, atol=1e-6)
+
+    def test_rewards_of_repeated_actions_are_summed(self, tmp_path):
+        envs = EnvsConfig(horizon=10, action_repeat=4)
+        world = partial(make_world, constant_reward=1.0)
+        rewards = replay_of(train(short_config(tmp_path / "run", envs=envs), make_world=world))["rewards"]
+        assert rewards[:6, 0, 0].tolist() == [4, 4, 2, 4, 4, 2]
+
+
+class TestFailures:
+    def test_a_run_folder_in_use_is_refused(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "notes.txt").write_text("mine")
+        with pytest.raises(FileExistsError, match=r"run_dir: .*--resume"):
+            train(short_config(tmp_path / "run"), make_world=make_world)
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["notes.txt"]
+
+    def test_a_folder_is_numbered_where_its_name_is_taken(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        config = short_config("", sac=tiny_sac(steps=20, warmup=20), eval=EvalConfig(final=False))
+        folders = [train(config, make_world=make_world) for _ in range(2)]
+        assert [str(folder) for folder in folders] == ["runs/4tasks-mean-s1", "runs/4tasks-mean-s1-2"]
+
+    def test_a_replay_that_does_not_fit_is_refused_before_anything_is_written(self, tmp_path):
+        config = short_config(tmp_path / "run")
+        with pytest.raises(MemoryError, match=r"replay\.capacity: .*GiB"):
+            train(replace(config, replay=replace(config.replay, capacity=10**13)), make_world=make_world)
+        assert not (tmp_path / "run").exists()
+
+    def test_non_finite_rewards_are_told_with_task_and_loss_and_change_nothing(self, tmp_path, capsys):
+        folder = train(short_config(tmp_path / "run"), make_world=partial(make_world, constant_reward=float("nan")))
+        said = capsys.readouterr().out
+        assert "warning: non-finite losses" in said
+        assert "critic loss of east" in said
+        learner = load_checkpoint(folder, CPU)[1]["learner"]
+        assert float(learner["updates"]) == 0
+        assert all(torch.isfinite(value).all() for value in learner.values())

@@ -1,0 +1,183 @@
+"""A known-answer world with the interface of `mtrl_imgrad.envs.MetaworldVectorEnv`, at microseconds per step.
+
+A point starts at the origin of the plane and moves by `SPEED` times the action. Task k's goal lies in direction
+2 pi k / K at a distance that depends on the goal's index. An observation is position and distance of the goal, so that
+the direction can only be known from the task's identity: a policy that ignores the task cannot solve two of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from gymnasium.spaces import Box
+from gymnasium.vector import AutoresetMode, VectorEnv
+from gymnasium.vector.utils import batch_space
+
+from mtrl_imgrad.config import BenchmarkConfig, Config, EnvsConfig, EvalConfig, LogConfig, NetworkConfig, SacConfig
+from mtrl_imgrad.envs import GoalSchedule
+from mtrl_imgrad.run import World
+
+SPEED = 0.2
+"""Longest way per simulator step and axis."""
+NEAR = 0.15
+"""Distance from the goal that counts as success."""
+GOAL_DISTANCES = np.linspace(0.6, 1.0, 50)
+
+
+class TinyVectorEnv(VectorEnv):
+    """K points on planes; see the module and `MetaworldVectorEnv` for the meaning of rows and infos.
+
+    Args:
+        tasks: task names.
+        num_goals: goals per task.
+        seed: of the goal streams.
+        envs_per_task, horizon, action_repeat: as in `MetaworldVectorEnv`.
+        constant_reward: reward of every step in place of minus the distance.
+        terminates: whether an episode's end is a termination rather than a truncation.
+    """
+
+    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012
+
+    def __init__(
+        self,
+        tasks: Sequence[str],
+        num_goals: int,
+        seed: int | np.random.SeedSequence,
+        *,
+        envs_per_task: int = 1,
+        horizon: int = 10,
+        action_repeat: int = 1,
+        constant_reward: float | None = None,
+        terminates: bool = False,
+    ) -> None:
+        self.num_envs = len(tasks) * envs_per_task
+        self.single_observation_space = Box(-np.inf, np.inf, (3,), np.float32)
+        self.single_action_space = Box(-1.0, 1.0, (2,), np.float32)
+        self.observation_space = batch_space(self.single_observation_space, self.num_envs)
+        self.action_space = batch_space(self.single_action_space, self.num_envs)
+        self.horizon, self.action_repeat = horizon, action_repeat
+        self.constant_reward, self.terminates = constant_reward, terminates
+        angles = np.repeat(2 * np.pi * np.arange(len(tasks)) / len(tasks), envs_per_task)
+        self.directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+        self.schedule = GoalSchedule(len(tasks), envs_per_task, num_goals, "spawn", seed)
+        self.position = np.zeros((self.num_envs, 2))
+        self.goal = np.zeros(self.num_envs, np.int64)
+        self.success = np.zeros(self.num_envs, bool)
+        self.episode_return = np.zeros(self.num_envs)
+        self.episode_length = np.zeros(self.num_envs, np.int64)
+        self.steps_taken = 0
+        """Simulator steps of each row since construction."""
+
+    @property
+    def at_episode_start(self) -> bool:
+        return not self.episode_length.any()
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        if options:
+            self.schedule.queue(options["goals"])
+        else:
+            self.schedule.clear_queue()
+        if seed is not None:
+            self.schedule.reseed(seed)
+        self._start(np.arange(self.num_envs))
+        return self._observe(), {"goal": self.goal.copy()}
+
+    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        rewards = np.zeros(self.num_envs)
+        for _ in range(min(self.action_repeat, self.horizon - int(self.episode_length[0]))):
+            self.position = np.clip(self.position + SPEED * np.clip(actions, -1, 1), -1.5, 1.5)
+            distance = np.linalg.norm(self.position - GOAL_DISTANCES[self.goal, None] * self.directions, axis=1)
+            rewards += -distance if self.constant_reward is None else self.constant_reward
+            self.success |= distance < NEAR
+            self.episode_length += 1
+            self.steps_taken += 1
+        self.episode_return += rewards
+        ended = self.episode_length == self.horizon
+        infos = {
+            "final_obs": self._observe(),
+            "_final_obs": ended.copy(),
+            "success": self.success.copy(),
+            "goal": self.goal.copy(),
+            "episode_return": self.episode_return.copy(),
+            "episode_length": self.episode_length.copy(),
+        }
+        self._start(np.flatnonzero(ended))
+        never = np.zeros_like(ended)
+        terminated, truncated = (ended, never) if self.terminates else (never, ended)
+        return self._observe(), rewards, terminated, truncated, infos
+
+    def state_dict(self) -> dict[str, Any]:
+        assert self.at_episode_start
+        return {"goal": self.goal.tolist(), "schedule": self.schedule.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
+        self._start(np.arange(self.num_envs))
+        self.schedule.load_state_dict(state["schedule"])
+        self.goal[:] = state["goal"]
+        return self._observe(), {"goal": self.goal.copy()}
+
+    def _start(self, rows: np.ndarray) -> None:
+        for row in rows.tolist():
+            self.goal[row] = self.schedule.next_goal(row)
+        self.position[rows] = 0.0
+        self.success[rows] = False
+        self.episode_return[rows] = 0.0
+        self.episode_length[rows] = 0
+
+    def _observe(self) -> np.ndarray:
+        return np.column_stack([self.position, GOAL_DISTANCES[self.goal]]).astype(np.float32)
+
+
+def make_world(config: Config, description: dict[str, Any] | None, **options: Any) -> World:
+    """The tiny world as configured, for `train(config, make_world=...)`; `options` go to `TinyVectorEnv`.
+
+    Its goals need no description; the one it writes only shows that a resumed run gets back what the first one wrote.
+    """
+    tasks, goals = config.benchmark.tasks, config.benchmark.goals
+    options |= {"action_repeat": config.envs.action_repeat}
+
+    def training(stream: np.random.SeedSequence) -> TinyVectorEnv:
+        per_task = config.envs.envs_per_task
+        return TinyVectorEnv(tasks, goals, stream, envs_per_task=per_task, horizon=config.envs.horizon, **options)
+
+    def evaluation() -> TinyVectorEnv:
+        return TinyVectorEnv(tasks, goals, 0, horizon=config.eval.horizon, **options)
+
+    return World(tasks, goals, description or {"world": "tiny", "made": 1}, training, evaluation)
+
+
+def tiny_config(run_dir: object, **sections: Any) -> Config:
+    """A configuration that learns the tiny world in seconds; `sections` replace whole sections or plain fields."""
+    defaults: dict[str, Any] = {
+        "run_dir": str(run_dir),
+        "device": "cpu",
+        "threads": 1,
+        "benchmark": BenchmarkConfig(tasks=("east", "north", "west", "south"), goals=10),
+        "envs": EnvsConfig(horizon=10),
+        "network": NetworkConfig(kind="multi_head", width=64, depth=2),
+        "sac": tiny_sac(),
+        "eval": EvalConfig(every=0, goals_per_task=3, horizon=10),
+        "log": LogConfig(every=100, tensorboard=False),
+    }
+    return Config(**(defaults | sections))
+
+
+def tiny_sac(**fields: Any) -> SacConfig:
+    """Settings under which the tiny world is learned in 600 updates."""
+    defaults: dict[str, Any] = {
+        "steps": 800,
+        "warmup": 200,
+        "batch_per_task": 64,
+        "gamma": 0.9,
+        "tau": 0.02,
+        "actor_lr": 2e-3,
+        "critic_lr": 2e-3,
+        "temperature_lr": 2e-3,
+        "initial_temperature": 0.05,
+        "target_entropy": -2.0,
+    }
+    return SacConfig(**(defaults | fields))
