@@ -1,65 +1,29 @@
-"""One update: against the same update written with torch.autograd on whole vectors, and its properties one by one."""
+"""Properties of one update, each by itself; whole updates are in test_learner_against_autograd and _sb3."""
 
 from __future__ import annotations
 
 import gc
 import math
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import psutil
 import pytest
 import torch
+from small_learner import ACTIONS, CPU, ENTRIES, ROWS, RULES, TASKS, draw_noise, random_batch, small_learner
 from torch import Tensor
 
 from mtrl_imgrad import losses as sac
-from mtrl_imgrad.aggregators import AGGREGATORS, Mean, PCGrad
-from mtrl_imgrad.config import Config, NetworkConfig, SacConfig
+from mtrl_imgrad.aggregators import PCGrad
 from mtrl_imgrad.learner import Learner, Metrics, Noise, adamw
-from mtrl_imgrad.networks import Actor, TwinCritic
 from mtrl_imgrad.replay import Batch, Replay
 
-TASKS, ROWS, ENTRIES, ACTIONS = 3, 16, 5, 2
-CPU = torch.device("cpu")
-RULES = pytest.mark.parametrize("rule", [cls() for cls in AGGREGATORS.values()], ids=list(AGGREGATORS))
-
-
-def _learner(
-    network: dict[str, Any] | None = None, tasks: int = TASKS, double: bool = False, rule=None, precision="float32", **of
-) -> Learner:
-    """A small learner; `of` are fields of SacConfig. In float64 the networks multiply in float64 too."""
-    networks = NetworkConfig(**({"width": 12, "depth": 2} | (network or {})))
-    settings = SacConfig(**({"batch_per_task": ROWS, "target_entropy": -2.0, "initial_temperature": 0.3} | of))
-    config = Config(network=networks, sac=settings, aggregator=rule or Mean(), precision=precision)
-    learner = Learner(config, tasks, ENTRIES, ACTIONS, CPU, torch.Generator().manual_seed(1))
-    if double:
-        outputs = learner.critic_loss.outputs
-        learner.critic = TwinCritic(networks, tasks, learner.inputs.size, ACTIONS, outputs, torch.float64)
-        learner.actor = Actor(networks, tasks, learner.critic.encoding_size, ACTIONS, torch.float64)
-        learner.state = {name: value.double() for name, value in learner.state.items()}
-        learner.temperature_mixing = learner.temperature_mixing.double()
-    return learner
-
-
-def _batch(seed: int = 1, tasks: int = TASKS, rows: int = ROWS, dtype: torch.dtype = torch.float32) -> Batch:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*last: int) -> Tensor:
-        return torch.randn(tasks, rows, *last, generator=generator, dtype=torch.float64).to(dtype)
-
-    return Batch(draw(ENTRIES), draw(ACTIONS).tanh(), draw(), draw(ENTRIES), 0.97 * (draw() > -1).to(dtype))
-
-
-def _noise(learner: Learner, seed: int = 1) -> Noise:
-    policy, aggregation = (torch.Generator().manual_seed(seed + i) for i in (100, 200))
-    noise = learner.draw_noise(policy, aggregation)
-    return replace(noise, actions=noise.actions.to(learner.state["actor"].dtype))
+EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 
 
 def _update(learner: Learner, batch: Batch | None = None, seed: int = 1) -> Metrics:
     dtype = learner.state["actor"].dtype
-    return learner.update(batch or _batch(seed, learner.tasks, dtype=dtype), _noise(learner, seed))
+    return learner.update(batch or random_batch(seed, learner.tasks, dtype=dtype), draw_noise(learner, seed))
 
 
 def _copy(learner: Learner) -> dict[str, Tensor]:
@@ -68,94 +32,6 @@ def _copy(learner: Learner) -> dict[str, Tensor]:
 
 def _changed(before: dict[str, Tensor], learner: Learner) -> set[str]:
     return {name for name, value in learner.state_dict().items() if not value.equal(before[name])}
-
-
-# The same update with torch's own autograd, optimisers and one loop over tasks
-
-
-class Reference:
-    """Multi-task SAC on parameter leaves with torch.optim.AdamW and the mean of the task losses."""
-
-    def __init__(self, learner: Learner) -> None:
-        self.learner, self.settings = learner, learner.config.sac
-        self.leaves = {name: learner.state[name].clone().requires_grad_() for name in ("critic", "actor", "log_alpha")}
-        self.target = learner.state["target_critic"].clone()
-        rates = {"critic": "critic_lr", "actor": "actor_lr", "log_alpha": "temperature_lr"}
-        self.optimizers = {
-            name: torch.optim.AdamW(
-                [leaf], lr=getattr(self.settings, rates[name]), eps=self.settings.adam_eps,
-                weight_decay=0.0 if name == "log_alpha" else self.settings.weight_decay,
-            )
-            for name, leaf in self.leaves.items()
-        }  # fmt: skip
-
-    def step(self, name: str, loss: Tensor) -> None:
-        leaf, bound = self.leaves[name], self.settings.max_grad_norm
-        (leaf.grad,) = torch.autograd.grad(loss, leaf)
-        if bound and name != "log_alpha":
-            leaf.grad *= min(1.0, bound / float(leaf.grad.norm()))
-        self.optimizers[name].step()
-
-    def act(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
-        """Actions and log-probabilities; no gradient reaches an encoder."""
-        encoding = self.learner.critic.encode(self.leaves["critic"].detach(), self.inputs(observations))
-        return sac.tanh_gaussian(*self.learner.actor(self.leaves["actor"], encoding), noise)
-
-    def inputs(self, observations: Tensor) -> Tensor:
-        return self.learner.inputs(self.learner.statistics, observations)
-
-    def outputs(self, vector: Tensor, observations: Tensor, actions: Tensor) -> Tensor:
-        critic = self.learner.critic
-        return critic(vector, critic.encode(vector, self.inputs(observations)), actions)
-
-    def critic_losses(self, batch: Batch, noise: Tensor, alpha: Tensor) -> Tensor:
-        with torch.no_grad():
-            actions, log_prob = self.act(batch.next_observations, noise)
-            values = self.learner.critic_loss.values(self.outputs(self.target, batch.next_observations, actions))
-            soft_values = values.min(0).values - alpha[:, None] * log_prob
-            targets = self.settings.reward_scale * batch.rewards + batch.discounts * soft_values
-        outputs = self.outputs(self.leaves["critic"], batch.observations, batch.actions)
-        return self.learner.critic_loss.losses(outputs, targets)
-
-    def update(self, batch: Batch, noise: Tensor) -> None:
-        log_alpha, settings = self.leaves["log_alpha"], self.settings
-        alpha = log_alpha.detach().exp()
-        actions, log_prob = self.act(batch.observations, noise[0])
-        critic_losses = self.critic_losses(batch, noise[1], alpha)
-        self.step("log_alpha", -(log_alpha * (log_prob.detach() + settings.target_entropy).mean(1)).sum())
-        self.step("critic", critic_losses.mean())
-        outputs = self.outputs(self.leaves["critic"].detach(), batch.observations, actions)
-        values = self.learner.critic_loss.values(outputs).min(0).values
-        self.step("actor", (alpha[:, None] * log_prob - values).mean(1).mean())
-        self.target += settings.tau * (self.leaves["critic"].detach() - self.target)
-
-
-CASES: dict[str, dict[str, Any]] = {
-    "mlp": {},
-    "multi_head": {"network": {"kind": "multi_head"}},
-    "affine_layer_norm": {"network": {"layer_norm": "affine", "kind": "multi_head"}},
-    "shared_encoder": {"network": {"share_encoder": True, "kind": "multi_head", "layer_norm": "affine"}},
-    "task_blind_and_normalised": {"network": {"task_input": "none", "observation_normalization": True}},
-    "categorical": {"critic_loss": "categorical", "critic_bins": 11, "critic_min": -5.0, "critic_max": 5.0},
-    "weight_decay": {"weight_decay": 0.3},
-    "clipped": {"max_grad_norm": 0.05, "network": {"kind": "multi_head"}},
-    "reward_scale": {"reward_scale": 7.0},
-}
-
-
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_five_updates_with_the_mean_equal_plain_autograd(case):
-    learner = _learner(double=True, **case)
-    learner.observe(_batch(9, dtype=torch.float64).observations)
-    start, reference = _copy(learner), Reference(learner)
-    for seed in range(5):
-        batch, noise = _batch(seed, dtype=torch.float64), _noise(learner, seed)
-        learner.update(batch, noise)
-        reference.update(batch, noise.actions)
-    expected = {name: leaf.detach() for name, leaf in reference.leaves.items()} | {"target_critic": reference.target}
-    for name, value in expected.items():
-        moved, ours = value - start[name], learner.state[name] - start[name]
-        assert float((ours - moved).abs().max() / moved.abs().max()) < 1e-7, name
 
 
 # Optimiser
@@ -176,32 +52,31 @@ def test_adamw_equals_torchs_over_twenty_steps(weight_decay):
 
 
 def test_norms_are_clipped_for_actor_and_critics_apart():
-    free, clipped = _learner(double=True), _learner(double=True)
-    norms = {name: float(_update(free).scalars[f"gradients/{name}/direction_norm"]) for name in ("actor", "critic")}
-    small, large = sorted(norms, key=norms.__getitem__)
-    bound = math.sqrt(norms[small] * norms[large])
-    assert norms[small] < 0.9 * bound
-    clipped = _learner(double=True, max_grad_norm=bound)
+    free = small_learner(double=True)
+    scalars = _update(free).scalars
+    norms = {name: float(scalars[f"gradients/{name}/direction_norm"]) for name in ("actor", "critic")}
+    below, above = sorted(norms, key=norms.__getitem__)
+    bound = math.sqrt(norms[below] * norms[above])
+    assert norms[below] < 0.9 * bound
+    clipped = small_learner(double=True, max_grad_norm=bound)
     _update(clipped)
-    # After one step Adam's first moment is a tenth of the gradient.
-    assert float(clipped.state[f"{large}/m"].norm()) == pytest.approx(0.1 * bound, rel=1e-9)
-    ratio = clipped.state[f"{large}/m"] / free.state[f"{large}/m"]
-    torch.testing.assert_close(ratio.nan_to_num(bound / norms[large]), torch.full_like(ratio, bound / norms[large]))
-    if small == "critic":  # the actor's gradient goes through the stepped critics, so only these are untouched
-        assert clipped.state["critic/m"].equal(free.state["critic/m"])
-    else:
-        assert float(clipped.state["actor/m"].norm()) < 0.1 * bound
+    # After one step Adam's first moment is a tenth of the gradient. Its first step hardly depends on the gradient's
+    # scale, so that the critics which the actor's gradient goes through are nearly the same.
+    ratios = {name: clipped.state[f"{name}/m"].norm() / free.state[f"{name}/m"].norm() for name in norms}
+    assert float(ratios[below]) == pytest.approx(1, rel=1e-4)
+    assert float(ratios[above]) == pytest.approx(bound / norms[above], rel=1e-4)
+    assert torch.cosine_similarity(clipped.state[f"{above}/m"], free.state[f"{above}/m"], dim=0) > 1 - 1e-6
 
 
 def test_target_critics_move_by_tau_towards_the_new_critics():
-    learner = _learner(double=True, tau=0.25)
+    learner = small_learner(double=True, tau=0.25)
     old = learner.state["target_critic"].clone()
     _update(learner)
     torch.testing.assert_close(learner.state["target_critic"], 0.75 * old + 0.25 * learner.state["critic"])
 
 
 def test_reward_scale_is_a_factor_on_every_reward():
-    scaled, plain, batch = _learner(reward_scale=3.0), _learner(), _batch()
+    scaled, plain, batch = small_learner(reward_scale=3.0), small_learner(), random_batch()
     _update(scaled, batch)
     _update(plain, replace(batch, rewards=3.0 * batch.rewards))
     assert _changed(_copy(plain), scaled) == set()
@@ -211,14 +86,14 @@ def test_reward_scale_is_a_factor_on_every_reward():
 
 
 def test_each_temperature_follows_its_own_tasks_entropy():
-    learner, batch = _learner(double=True, network={"task_input": "none"}), _batch(dtype=torch.float64)
+    learner, batch = small_learner(double=True, network={"task_input": "none"}), random_batch(dtype=torch.float64)
     metrics = _update(learner, batch)
     gradient = metrics.per_task["train/entropy"] + 2.0  # entropy minus the target of -2
     torch.testing.assert_close(learner.state["log_alpha/m"], 0.1 * gradient)
 
 
 def test_shared_temperature_stays_one_and_moves_by_the_mean_gradient():
-    shared, own = _learner(double=True, shared_temperature=True), _learner(double=True)
+    shared, own = small_learner(double=True, shared_temperature=True), small_learner(double=True)
     _update(shared)
     _update(own)
     assert own.state["log_alpha/m"].std() > 1e-4
@@ -237,12 +112,12 @@ def _targets(learner: Learner, batch: Batch) -> Tensor:
 
 
 def test_next_action_comes_from_the_next_observation():
-    batch = _batch()
-    other = _batch(2)
+    batch = random_batch()
+    other = random_batch(2)
 
     def blind_to_observations() -> Learner:
         """Target critics that see actions only, so that observations matter through the next action alone."""
-        learner = _learner(initial_temperature=1e-12)
+        learner = small_learner(initial_temperature=1e-12)
         views = learner.critic.layout.views(learner.state["target_critic"])
         views["trunk.0.weight"][:, : learner.inputs.size] = 0
         return learner
@@ -262,8 +137,8 @@ def test_truncation_bootstraps_from_the_true_final_observation_and_termination_d
     replay.add(restart, action, reward, restart, flags & False, flags & False)
     batch = replay.gather(torch.zeros(2, 2, 1, dtype=torch.int64))
 
-    learner = _learner(tasks=2, batch_per_task=1)
-    noise = _noise(learner)
+    learner = small_learner(tasks=2, batch_per_task=1)
+    noise = draw_noise(learner)
     inputs, state = learner.inputs(learner.statistics, final), learner.state
     next_actions, log_prob = sac.tanh_gaussian(*learner.actor(state["actor"], inputs), noise.actions[1])
     values = learner.critic(state["target_critic"], inputs, next_actions).squeeze(-1).amin(0)
@@ -276,28 +151,11 @@ def test_truncation_bootstraps_from_the_true_final_observation_and_termination_d
 # Aggregation
 
 
-@RULES
-def test_the_step_is_the_combination_of_task_gradients_by_the_logged_weights(rule):
-    learner = _learner(double=True, rule=rule, network={"kind": "multi_head"})
-    batch, noise = _batch(dtype=torch.float64), _noise(learner)
-    reference = Reference(learner)
-    losses = reference.critic_losses(batch, noise.actions[1], learner.state["log_alpha"].exp())
-    leaf = reference.leaves["critic"]
-    J = torch.stack([torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in losses])
-
-    metrics = learner.update(batch, noise)
-    weights, shared = metrics.per_task["gradients/critic/weight"], learner.critic.layout.shared_size
-    direction = learner.state["critic/m"] / 0.1  # after one step Adam's first moment is a tenth of the gradient
-    torch.testing.assert_close(direction[:shared], weights @ J[:, :shared], rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(direction[shared:], J[:, shared:].mean(0), rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(metrics.per_task["gradients/critic/norm"], J[:, :shared].norm(dim=1))
-
-
-@RULES
+@EVERY_RULE
 @pytest.mark.parametrize("kind", ["mlp", "multi_head"])
 def test_every_rule_trains_the_critics_to_fit_a_fixed_batch(rule, kind):
-    learner = _learner(rule=rule, network={"kind": kind}, critic_lr=3e-3, initial_temperature=1e-3)
-    batch = replace(_batch(), discounts=torch.zeros(TASKS, ROWS))  # targets are the rewards
+    learner = small_learner(rule=rule, network={"kind": kind}, critic_lr=3e-3, initial_temperature=1e-3)
+    batch = replace(random_batch(), discounts=torch.zeros(TASKS, ROWS))  # targets are the rewards
     first = _update(learner, batch).per_task["train/critic_loss"]
     for seed in range(150):
         metrics = _update(learner, batch, seed)
@@ -306,15 +164,15 @@ def test_every_rule_trains_the_critics_to_fit_a_fixed_batch(rule, kind):
 
 
 def test_critics_and_actor_have_aggregators_and_noise_of_their_own():
-    learner = _learner(rule=PCGrad())
+    learner = small_learner(rule=PCGrad())
     assert learner.critic_aggregator is not learner.actor_aggregator
-    noise = _noise(learner)
+    noise = draw_noise(learner)
     assert noise.critic.shape == noise.actor.shape == (TASKS, TASKS)
     assert not noise.critic.equal(noise.actor)
 
 
 def test_an_update_makes_two_backward_passes_for_any_number_of_tasks(monkeypatch):
-    learner = _learner(tasks=9)
+    learner = small_learner(tasks=9)
     calls, grad = [], torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: calls.append(args) or grad(*args, **kwargs))
     _update(learner)
@@ -323,9 +181,9 @@ def test_an_update_makes_two_backward_passes_for_any_number_of_tasks(monkeypatch
 
 def test_a_shared_encoder_is_trained_by_the_critic_loss_only():
     """The actor's loss cannot reach it: an actor of other weights, at equal targets, moves it to the same place."""
-    first, second = (_learner(network={"share_encoder": True}) for _ in range(2))
+    first, second = (small_learner(network={"share_encoder": True}) for _ in range(2))
     second.state["actor"] += 0.1
-    batch = replace(_batch(), discounts=torch.zeros(TASKS, ROWS))
+    batch = replace(random_batch(), discounts=torch.zeros(TASKS, ROWS))
     _update(first, batch)
     _update(second, batch)
     assert first.state["critic"].equal(second.state["critic"])
@@ -335,16 +193,16 @@ def test_a_shared_encoder_is_trained_by_the_critic_loss_only():
 # Purity
 
 
-@RULES
+@EVERY_RULE
 def test_an_update_depends_on_batch_noise_and_state_alone(rule):
-    first, second = _learner(rule=rule), _learner(rule=rule)
+    first, second = small_learner(rule=rule), small_learner(rule=rule)
     for seed in range(3):  # another past
         _update(second, seed=50 + seed)
     second.load_state_dict(_copy(first))
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002  (the global state is what must not be touched)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
-    batch, noise = _batch(), _noise(first)
+    batch, noise = random_batch(), draw_noise(first)
     given = {name: value.clone() for name, value in vars(batch).items()}
     metrics = first.update(batch, noise)
     assert torch.get_rng_state().equal(before)
@@ -359,7 +217,7 @@ def test_an_update_depends_on_batch_noise_and_state_alone(rule):
 
 
 def test_noise_comes_from_the_given_generators_each_from_its_own():
-    learner = _learner(rule=PCGrad())
+    learner = small_learner(rule=PCGrad())
 
     def draw(policy: int, aggregation: int) -> Noise:
         return learner.draw_noise(*(torch.Generator().manual_seed(seed) for seed in (policy, aggregation)))
@@ -372,8 +230,8 @@ def test_noise_comes_from_the_given_generators_each_from_its_own():
 
 
 def test_no_graph_is_kept_and_memory_does_not_grow():
-    learner = _learner(network={"width": 128}, batch_per_task=128)
-    noise, batch = _noise(learner), _batch(rows=128)
+    learner = small_learner(network={"width": 128}, batch_per_task=128)
+    noise, batch = draw_noise(learner), random_batch(rows=128)
     process = psutil.Process()
 
     def run(updates: int) -> tuple[int, int]:
@@ -382,7 +240,7 @@ def test_no_graph_is_kept_and_memory_does_not_grow():
         kept = [*learner.state_dict().values(), *metrics.per_task.values(), *metrics.scalars.values()]
         assert not any(x.requires_grad or x.grad_fn is not None for x in kept)
         gc.collect()
-        return process.memory_info().rss, sum(isinstance(x, Tensor) for x in gc.get_objects())
+        return process.memory_info().rss, sum(issubclass(type(x), Tensor) for x in gc.get_objects())
 
     memory, tensors = run(20)
     later_memory, later_tensors = run(200)
@@ -392,7 +250,7 @@ def test_no_graph_is_kept_and_memory_does_not_grow():
 
 
 def test_state_round_trip_continues_with_the_same_numbers():
-    first, second = _learner(), _learner()
+    first, second = small_learner(), small_learner()
     for seed in range(3):
         _update(first, seed=seed)
     second.load_state_dict(_copy(first))
@@ -404,32 +262,44 @@ def test_state_round_trip_continues_with_the_same_numbers():
 
 def test_state_of_another_network_is_refused():
     with pytest.raises(ValueError, match="checkpoint: its parameters have other names or shapes"):
-        _learner().load_state_dict(_learner(network={"width": 13}).state_dict())
+        small_learner().load_state_dict(small_learner(network={"width": 13}).state_dict())
 
 
 # Updates with a number that is not finite
 
 
+def _spoiled(field: str, value: float) -> Batch:
+    """A batch with one entry of task 1 that is not finite."""
+    batch = random_batch(2)
+    getattr(batch, field)[1, 3] = value
+    return batch
+
+
+@EVERY_RULE
 @pytest.mark.parametrize("field", ["rewards", "next_observations", "observations", "actions"])
 @pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
-@RULES
-def test_a_non_finite_update_changes_nothing_but_the_counters_of_its_task(rule, value, field):
-    learner = _learner(rule=rule)
+def test_a_non_finite_update_changes_nothing_but_counters(rule, value, field):
+    learner = small_learner(rule=rule)
     _update(learner)
-    before, batch = _copy(learner), _batch(2)
-    getattr(batch, field)[1, 3] = value
-    _update(learner, batch, seed=2)
+    before = _copy(learner)
+    _update(learner, _spoiled(field, value), seed=2)
     assert _changed(before, learner) == {"non_finite"}
-    counts = learner.non_finite
-    assert counts[:, 1].any()
-    assert counts[:, [0, 2]].eq(0).all()
+    assert learner.non_finite[:, 1].any()
+
+
+@pytest.mark.parametrize("field", ["rewards", "next_observations", "observations", "actions"])
+def test_a_non_finite_update_is_counted_for_its_own_task_only(field):
+    learner = small_learner()
+    _update(learner, _spoiled(field, math.nan))
+    assert learner.non_finite[:, 1].any()
+    assert not learner.non_finite[:, [0, 2]].any()
 
 
 def test_training_goes_on_after_a_non_finite_update_as_if_it_had_not_been():
-    hurt, well = _learner(), _learner()
+    hurt, well = small_learner(), small_learner()
     for seed in range(4):
         if seed == 2:
-            bad = _batch(99)
+            bad = random_batch(99)
             bad.rewards[0, 0] = math.nan
             _update(hurt, bad, seed=99)
         _update(hurt, seed=seed)
@@ -439,7 +309,7 @@ def test_training_goes_on_after_a_non_finite_update_as_if_it_had_not_been():
 
 
 def test_a_finite_update_counts_nothing_and_changes_everything():
-    learner = _learner()
+    learner = small_learner()
     before = _copy(learner)
     _update(learner)
     assert _changed(before, learner) == set(before) - {"non_finite", "statistics"}
@@ -450,7 +320,7 @@ def test_a_finite_update_counts_nothing_and_changes_everything():
 
 def test_bfloat16_products_stay_close_to_float32():
     network = {"width": 64, "layer_norm": "plain"}
-    exact, rough = (_learner(network=network, precision=p) for p in ("float32", "bfloat16"))
+    exact, rough = (small_learner(network=network, precision=p) for p in ("float32", "bfloat16"))
     ours, theirs = _update(rough), _update(exact)
     assert all(value.dtype in (torch.float32, torch.float64) for value in rough.state.values())
     for tag in ("train/critic_loss", "train/entropy", "train/target_mean"):
@@ -462,19 +332,19 @@ def test_bfloat16_products_stay_close_to_float32():
 
 @pytest.mark.parametrize("share_encoder", [False, True], ids=["separate", "shared_encoder"])
 def test_actions_are_the_policys_mean_or_its_sample(share_encoder):
-    learner = _learner(network={"share_encoder": share_encoder})
-    observations, noise = _batch().observations, _noise(learner).actions[0]
+    learner = small_learner(network={"share_encoder": share_encoder})
+    observations, noise = random_batch().observations, draw_noise(learner).actions[0]
     encoding = learner.critic.encode(learner.state["critic"], learner.inputs(learner.statistics, observations))
     mean, log_std = learner.actor(learner.state["actor"], encoding)
     assert learner.act(observations, None).equal(mean.tanh())
     torch.testing.assert_close(learner.act(observations, noise), torch.tanh(mean + log_std.exp() * noise))
-    assert learner.act(observations, 3 * noise).abs().max() < 1
+    assert learner.act(observations, 100 * noise).abs().max() <= 1
 
 
 def test_statistics_move_only_where_normalisation_is_asked_for():
     for wanted in (False, True):
-        learner = _learner(network={"observation_normalization": wanted})
-        learner.observe(_batch().observations)
+        learner = small_learner(network={"observation_normalization": wanted})
+        learner.observe(random_batch().observations)
         assert bool(learner.statistics.any()) == wanted
 
 
@@ -483,5 +353,5 @@ def test_parameter_counts_are_those_of_the_layers():
     trunk = lambda inputs: (inputs + 1) * width + (width + 1) * width  # noqa: E731
     actor, critic = trunk(size), 2 * trunk(size + ACTIONS)
     heads = (width + 1) * (2 * ACTIONS + 2)
-    assert _learner().parameter_counts() == (actor + critic + heads, 0)
-    assert _learner(network={"kind": "multi_head"}).parameter_counts() == (actor + critic, TASKS * heads)
+    assert small_learner().parameter_counts() == (actor + critic + heads, 0)
+    assert small_learner(network={"kind": "multi_head"}).parameter_counts() == (actor + critic, TASKS * heads)

@@ -43,11 +43,11 @@ def active_set(
         return weights, unit, answer[2]
 
     norm, quadratic, num_tasks = float(norm), float(quadratic), len(linear)
-    for ridge in RIDGES:
-        shifted = matrix + np.diag(ridge * row_norms)
-        if factorise(shifted, lower=1)[1] == 0:
-            break
-    matrix = shifted
+    ridged = (matrix + np.diag(ridge * row_norms) for ridge in RIDGES)
+    found = next((candidate for candidate in ridged if factorise(candidate, lower=1)[1] == 0), None)
+    if found is None:
+        return None
+    matrix = found
     support, weights = np.ones(num_tasks, dtype=bool), np.zeros(num_tasks)
     fewest, patience = num_tasks + 1, 3
     for _ in range(PIVOTS):

@@ -28,7 +28,7 @@ from mtrl_imgrad.aggregators.active_set import NEAR_ZERO, RIDGES, active_set
 Route = Literal["auto", "device", "host"]
 ROUTES: tuple[Route, ...] = ("auto", "device", "host")
 
-# Ties in a linear objective go to the shortest J^T w, through an r of at least this fraction of max|p| + r + q.
+# Where q = 0, r is at least this fraction of max|p| + r: ties of a linear objective go to the shortest J^T w.
 TIE_BREAK = 1e-10
 UNCERTIFIED = 1e-6  # a gap above this after all steps occurs only at the kink J^T w = 0
 INTERIOR_POINT_STEPS = 25
@@ -87,8 +87,9 @@ def minimise_on_simplex(
     row_norms = gramian.diagonal(dim1=-2, dim2=-1) if row_norms is None else row_norms
     size = torch.where(active, linear, 0.0).abs().amax(-1) + norm + quadratic
     scale = torch.where(size > 0, size, 1.0)
-    norm = torch.clamp(norm / scale, min=TIE_BREAK)
-    problem = Problem(gramian, linear / scale[..., None], norm, quadratic / scale, row_norms, active)
+    norm, quadratic = norm / scale, quadratic / scale
+    norm = torch.where(quadratic > 0, norm, norm.clamp_min(TIE_BREAK))
+    problem = Problem(gramian, linear / scale[..., None], norm, quadratic, row_norms, active)
     on_host = type(gramian) is Tensor and gramian.device.type == "cpu" and not torch.compiler.is_compiling()
     if solver == "host" or (solver == "auto" and on_host):
         return host_route(problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -13,13 +14,13 @@ from hypothesis import strategies as st
 from mtrl_imgrad.aggregators import MGDA, CAGrad, ConicGrad, IMGrad, Mean, PCGrad
 
 # What K identical gradients g become: this constant times g.
-IDENTICAL = {name: 1.0 for name in RULES} | {
-    name: (1 + 0.4) / (1 + 0.4**2) for name in ("cagrad", "imgrad-official", "imgrad-eq9", "imgrad-eq11")
-}
+IDENTICAL = dict.fromkeys(RULES, 1.0) | dict.fromkeys(
+    ("cagrad", "imgrad-official", "imgrad-eq9", "imgrad-eq11"), (1 + 0.4) / (1 + 0.4**2)
+)
 everywhere = given(
     family=st.sampled_from(FAMILIES), num_tasks=st.integers(1, 8), seed=st.integers(0, 10_000), data=st.data()
 )
-few = settings(max_examples=25, deadline=None, derandomize=True)
+few = settings(max_examples=15, deadline=None, derandomize=True)
 # Where 0 is in the hull some minimisers are ill-conditioned functions of M; 1e-5 of the gradients' size bounds that.
 TOLERANCE = 1e-5
 
@@ -31,7 +32,7 @@ def vector(*entries: float) -> torch.Tensor:
 @pytest.mark.parametrize("name", RULES)
 @few
 @everywhere
-def test_permuting_the_tasks_permutes_the_direction_not_at_all(name, family, num_tasks, seed, data) -> None:
+def test_permuting_the_tasks_leaves_the_direction(name, family, num_tasks, seed, data) -> None:
     rule, jacobian = RULES[name], gradients(family, num_tasks, seed)
     order = torch.tensor(data.draw(st.permutations(range(num_tasks))))
     noise = noise_for(rule, num_tasks, seed)
@@ -120,7 +121,8 @@ def test_mgda_of_two_tasks_is_the_closed_form() -> None:
     first, second = vector(2.0, 1.0), vector(-1.0, 1.5)
     weight = ((second @ second - first @ second) / ((first - second) @ (first - second))).clamp(0, 1)
     jacobian = torch.stack([first, second])
-    assert MGDA()(jacobian @ jacobian.mT).weights.tolist() == pytest.approx([weight, 1 - weight], abs=1e-10)
+    expected = torch.stack([weight, 1 - weight])
+    torch.testing.assert_close(MGDA()(jacobian @ jacobian.mT).weights, expected, rtol=1e-10, atol=1e-10)
 
 
 def test_mgda_of_parallel_gradients_is_the_shorter_one() -> None:
@@ -146,14 +148,13 @@ def test_the_direction_lies_on_the_sphere_around_the_mean(rule) -> None:
 def test_cagrad_reaches_its_dual_optimum_and_never_opposes_the_mean() -> None:
     for family, c in itertools.product(FAMILIES, (0.1, 0.5, 0.9)):
         jacobian = gradients(family, 5)
-        given, mean = direction(CAGrad(c=c, rescale=0), jacobian), jacobian.mean(0)
-        weights = (given - mean) / (c * mean.norm())  # the unit vector gw / ||gw||
-        combined = (CAGrad(c=c, rescale=0)(jacobian @ jacobian.mT).weights - 1 / 5) / (c * mean.norm())
-        combined = combined / combined.sum()
-        dual = (combined @ jacobian) @ mean + c * mean.norm() * (combined @ jacobian).norm()
-        assert (jacobian @ given).min().item() == pytest.approx(dual.item(), abs=1e-7 * jacobian.square().sum().item())
+        mean = jacobian.mean(0)
+        row_weights = CAGrad(c=c, rescale=0)(jacobian @ jacobian.mT).weights
+        given, dual_weights = row_weights @ jacobian, row_weights - 1 / 5
+        combined = dual_weights / dual_weights.sum() @ jacobian
+        dual = combined @ mean + c * mean.norm() * combined.norm()
+        assert (jacobian @ given).min().item() == pytest.approx(dual.item(), rel=1e-7, abs=1e-7 * (mean @ mean).item())
         assert given @ mean >= (1 - c) * mean @ mean * (1 - 1e-9)
-        assert weights.norm().item() == pytest.approx(1.0, rel=1e-7)
 
 
 def test_a_wide_ball_turns_cagrad_towards_mgda() -> None:
@@ -162,19 +163,10 @@ def test_a_wide_ball_turns_cagrad_towards_mgda() -> None:
     assert torch.cosine_similarity(wide, shortest, dim=0) > 1 - 1e-9
 
 
-def two_tasks_at_cosine(target: float) -> torch.Tensor:
-    """Two gradients, at a right angle, whose lengths make cos(g0, gm) = target."""
-
-    def rows(ratio: float) -> torch.Tensor:
-        return torch.stack([vector(1.0, 0.0), vector(0.0, ratio)])
-
-    low, high = 1.0, 100.0  # the cosine falls from 1 as the lengths part
-    for _ in range(200):
-        middle = (low + high) / 2
-        jacobian = rows(middle)
-        cosine = torch.cosine_similarity(jacobian.mean(0), direction(MGDA(), jacobian), dim=0)
-        low, high = (middle, high) if cosine > target else (low, middle)
-    return rows((low + high) / 2)
+def two_tasks_at_cosine(cosine: float) -> torch.Tensor:
+    """Orthogonal gradients of lengths 1 and x have cos(g0, gm) = 2 x / (1 + x^2)."""
+    ratio = (1 + math.sqrt(1 - cosine**2)) / cosine
+    return torch.stack([vector(1.0, 0.0), vector(0.0, ratio)])
 
 
 def test_imgrad_official_at_cosine_three_quarters_is_cagrad() -> None:

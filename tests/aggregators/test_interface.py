@@ -22,6 +22,7 @@ from mtrl_imgrad.aggregators import (
     IMGrad,
     Mean,
     PCGrad,
+    base,
     resolve,
 )
 
@@ -99,7 +100,7 @@ def test_a_wrong_shape_is_refused_by_name(shape: tuple[int, ...]) -> None:
 
 
 def test_a_complex_gramian_is_refused_by_name() -> None:
-    with pytest.raises(ValueError, match="gramian: got dtype torch.complex64"):
+    with pytest.raises(ValueError, match=r"gramian: got dtype torch\.complex64"):
         Mean()(torch.zeros(2, 2, dtype=torch.complex64))
 
 
@@ -174,6 +175,14 @@ def test_a_users_rule_needs_one_method() -> None:
     result = Shortest()(torch.diag(torch.tensor([4.0, 0.0, 2.0])).repeat(2, 1, 1))
     assert result.weights.tolist() == [[0.0, 0.0, 1.0]] * 2
     assert result.diagnostics["smallest"].tolist() == [1.0, 1.0]  # 2 over the mean of 4, 0, 2
+
+
+def test_the_rule_shown_in_the_documentation_works() -> None:
+    _, _, snippet = (base.__doc__ or "").partition(":\n\n")
+    names = {"dataclass": dataclass, "Aggregator": Aggregator, "Aggregation": Aggregation, "torch": torch}
+    exec(textwrap.dedent(snippet), names)
+    weights = names["InverseNorm"]()(torch.diag(torch.tensor([4.0, 0.0, 1.0]))).weights
+    torch.testing.assert_close(weights, torch.tensor([1 / 3, 0, 2 / 3], dtype=torch.float64))
 
 
 def test_registry_names_resolve() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import oracles
 import pytest
@@ -34,24 +36,22 @@ def test_mgda_is_the_nonnegative_least_squares_point(family: str, num_tasks: int
             assert relative_error(given, expected) < 1e-8
 
 
-@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("c", [0.1, 0.4, 0.9])
 @pytest.mark.parametrize("family", WELL_SCALED)
-def test_cagrad_is_the_best_worst_case_in_the_ball(family: str, c: float, route: str) -> None:
+def test_cagrad_is_the_best_worst_case_in_the_ball(family: str, c: float) -> None:
     for num_tasks in (2, 3, 10):
         jacobian = scaled(family, num_tasks)
         expected = torch.from_numpy(oracles.cagrad_primal(jacobian.numpy(), c))
-        for scale in SCALES:
+        for route, scale in itertools.product(ROUTES, SCALES):
             given = direction(CAGrad(c=c, rescale=0, solver=route), jacobian * scale) / scale
-            # The maximum is flat in d (an error of 1e-12 in the value moves the oracle's d by 1e-6).
-            assert relative_error(given, expected) < 1e-5
+            # The maximum is flat in d: an error of 1e-13 in the oracle's value moves its d by 3e-7.
+            assert relative_error(given, expected) < 1e-6
             assert (jacobian @ given).min() >= (jacobian @ expected).min() - 1e-9
 
 
-@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("variant", ["official", "eq9", "eq11"])
 @pytest.mark.parametrize("family", WELL_SCALED)
-def test_imgrad_minimises_the_objective_of_its_variant(family: str, variant: str, route: str) -> None:
+def test_imgrad_minimises_the_objective_of_its_variant(family: str, variant: str) -> None:
     c = 0.4
     for num_tasks in (2, 3, 5):
         jacobian = scaled(family, num_tasks)
@@ -66,25 +66,27 @@ def test_imgrad_minimises_the_objective_of_its_variant(family: str, variant: str
         }[variant]
         combined = oracles.simplex_kernel(rows, linear * rows @ mean, norm, quadratic) @ rows
         expected = torch.from_numpy(mean + radius * combined / np.linalg.norm(combined)) / (1 + c * c)
-        rule = IMGrad(c=c, variant=variant, solver=route)
-        for scale in SCALES:
-            assert relative_error(direction(rule, jacobian * scale) / scale, expected) < 1e-6
-        assert rule(jacobian @ jacobian.mT).diagnostics["cos_theta"].item() == pytest.approx(cosine, abs=1e-9)
+        for route in ROUTES:
+            rule = IMGrad(c=c, variant=variant, solver=route)
+            for scale in SCALES:
+                assert relative_error(direction(rule, jacobian * scale) / scale, expected) < 1e-6
+            given_cosine = rule(jacobian @ jacobian.mT).diagnostics["cos_theta"]
+            assert given_cosine.item() == pytest.approx(cosine, abs=1e-9)
 
 
-@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("c", [0.1, 0.5, 0.9])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_conicgrad_is_the_best_worst_case_in_the_cone(family: str, c: float, route: str) -> None:
+def test_conicgrad_is_the_best_worst_case_in_the_cone(family: str, c: float) -> None:
     for num_tasks in (2, 3, 10):
         jacobian = scaled(family, num_tasks)
         expected, value = oracles.conic_primal(jacobian.numpy(), c)
-        given = direction(ConicGrad(c=c, solver=route), jacobian)
-        if value > 1e-8:
-            assert relative_error(given, torch.from_numpy(expected)) < 1e-4
-            assert (jacobian @ given).min().item() == pytest.approx(value, abs=1e-8)
-        else:  # no direction in the cone descends for all: the best one on its surface, which does not either
-            assert (jacobian @ given).min() < 1e-8
+        for route in ROUTES:
+            given = direction(ConicGrad(c=c, solver=route), jacobian)
+            if value > 1e-8:
+                assert relative_error(given, torch.from_numpy(expected)) < 1e-5  # the oracle's own error: 3e-6
+                assert (jacobian @ given).min().item() == pytest.approx(value, abs=1e-8)
+            else:  # no direction in the cone descends for all, so neither does the best one on its surface
+                assert (jacobian @ given).min() < 1e-8
 
 
 @pytest.mark.parametrize("num_tasks", [2, 3, 10, 50])

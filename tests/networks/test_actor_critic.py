@@ -89,9 +89,7 @@ def test_log_standard_deviation_stays_in_the_configured_range():
     assert (log_std.min(), log_std.max()) == (-1.5, 0.25)
 
 
-@pytest.mark.parametrize(
-    ("kind", "own"), [("mlp", 0), ("multi_head", TASKS * (7 * 4 + 4))], ids=["mlp", "multi_head"]
-)
+@pytest.mark.parametrize(("kind", "own"), [("mlp", 0), ("multi_head", TASKS * (7 * 4 + 4))], ids=["mlp", "multi_head"])
 def test_only_heads_belong_to_one_task(kind, own):
     config = NetworkConfig(kind=kind, width=7, depth=2)
     critic = TwinCritic(config, TASKS, SIZE, ACTIONS, 4, torch.float32)
