@@ -115,7 +115,7 @@ def evaluate_run(run: str | Path, device: str = "auto") -> tuple[list[Episode], 
     folder, chosen = Path(run), choose_device(device)
     agent = load(folder, str(chosen))
     world = metaworld(agent.config, json.loads((folder / "goals.json").read_text()))
-    envs = world.evaluation()
+    envs = world.evaluation(None)
     try:
         goals = np.arange(world.goals)
         episodes = evaluate(

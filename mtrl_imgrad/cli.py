@@ -1,4 +1,4 @@
-"""The command line: `mtrl-imgrad train | evaluate | list`.
+"""The command line: `mtrl-imgrad train | evaluate | bench | list`.
 
 YAML overlays become flags, and all flags go through one parser, so that there is one grammar and one style of error;
 later ones win. A user's mistake ends with exit code 2 and at most two lines on stderr.
@@ -22,6 +22,7 @@ import yaml
 
 from mtrl_imgrad.aggregators import AGGREGATORS, resolve
 from mtrl_imgrad.config import Config, to_dict
+from mtrl_imgrad.envs.worker_pool import WorkerError
 
 PROGRAM = "mtrl-imgrad"
 TRAIN_HELP = """Train a multi-task SAC agent on Meta-World.
@@ -37,7 +38,10 @@ Overlays come first and are merged in the order given; every other flag wins ove
 Lengths and intervals are in simulator steps per task.
 
 Example: mtrl-imgrad train --config mt10 --aggregator imgrad --aggregator.c 0.4 --seed 3"""
-CHANGEABLE = ("run_dir", "device", "threads", "eval", "log", "checkpoint", "sac.steps")
+CHANGEABLE = (
+    *("run_dir", "device", "threads", "eval", "log", "checkpoint", "sac.steps"),
+    *("envs.workers", "envs.fast", "envs.self_check"),
+)
 """What may differ from the stored configuration on a resume."""
 
 
@@ -288,11 +292,47 @@ def command_list(arguments: Sequence[str]) -> None:
             print(f"{path.stem:<14} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
 
 
-COMMANDS = {"train": command_train, "evaluate": command_evaluate, "list": command_list}
+@dataclasses.dataclass(frozen=True)
+class BenchOptions:
+    """Measure how fast Meta-World's environments step in every way there is to step them. The options take turns, each
+    in its own process; MT50 with all of them needs about 18 GB of memory."""
+
+    what: Annotated[Literal["envs"], tyro.conf.Positional]
+    """What to measure."""
+    benchmark: Literal["mt10", "mt25", "mt50"] = "mt10"
+    """Task set."""
+    steps: int = 500
+    """Vector steps per run: at most 500, which is then the episodes' length, or a multiple of 500."""
+    repeats: int = 5
+    """Rounds; each runs every option once."""
+    options: tuple[str, ...] = ()
+    """Names of the options to measure, as the table shows them; none means all."""
+    json: Path | None = None
+    """Also write every round's figures to this file."""
+
+
+def command_bench(arguments: Sequence[str]) -> None:
+    from mtrl_imgrad.bench import as_json, bench_envs, disturbance, table
+
+    options: BenchOptions = parse(BenchOptions, arguments, "bench")
+    tasks = options.benchmark.upper()
+    if options.json and not options.json.parent.is_dir():
+        raise UserError(f"json: there is no folder {options.json.parent} to write {options.json.name} into.")
+    with told_as_user_errors():
+        measured = bench_envs(tasks, options.steps, options.repeats, options.options)
+    print(f"{tasks}, runs of {options.steps} vector steps with their resets, {options.repeats} rounds")
+    print(table(measured, int(tasks.removeprefix("MT"))))
+    print(disturbance(measured))
+    if options.json:
+        options.json.write_text(as_json(measured, dataclasses.asdict(options) | {"json": str(options.json)}))
+
+
+COMMANDS = {"train": command_train, "evaluate": command_evaluate, "bench": command_bench, "list": command_list}
 USAGE = f"""usage: {PROGRAM} COMMAND ...
 
   train      train an agent:                {PROGRAM} train --config quickstart
   evaluate   evaluate a run on every goal:  {PROGRAM} evaluate runs/NAME
+  bench      measure the environments:      {PROGRAM} bench envs
   list       show what there is to choose:  {PROGRAM} list tasks|aggregators|configs
 
 {PROGRAM} COMMAND --help explains every field."""
@@ -310,7 +350,7 @@ def keep_freed_memory() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, or 2 for a user's mistake."""
+    """Run a command and return the exit code: 0, 2 for a user's mistake, or 1 where a worker process failed."""
     keep_freed_memory()
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
@@ -324,4 +364,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
+    except WorkerError as error:
+        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
     return 0

@@ -54,8 +54,21 @@ class EnvsConfig:
     reward_normalization: Literal["none", "ema"] = "none"
     """ema: divide each task's reward by the root of its exponential moving variance before storing it, as mtrl does
     (rate 0.001)."""
+    workers: int | None = None
+    """Processes that step the tasks; None takes one per core and at most one per task, 0 steps in the main process. The
+    numbers do not depend on it."""
+    fast: bool = True
+    """Step without the Python around Meta-World's physics and reward, bit for bit the same; false steps as Meta-World
+    does."""
+    self_check: Literal["on", "off"] = "on"
+    """on: compare some fast steps of each task with Meta-World's own when the run starts; a task that differs is
+    stepped as Meta-World does, and named."""
+    pipeline: bool = False
+    """Update while the environments step. Each vector step's transitions then reach the replay after its update instead
+    of before."""
 
     def __post_init__(self) -> None:
+        _require(self.workers is None or self.workers >= 0, "envs.workers", self.workers, "zero, positive or None")
         _require(self.envs_per_task >= 1, "envs.envs_per_task", self.envs_per_task, "at least 1")
         _require(1 <= self.horizon <= 500, "envs.horizon", self.horizon, "between 1 and 500")
         _require(

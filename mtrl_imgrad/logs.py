@@ -154,11 +154,12 @@ class Stopwatch:
         self.counts: dict[str, int] = {}
 
     @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
+    def measure(self, name: str, count: int = 1) -> Iterator[None]:
+        """Add what happens inside to the time of `name`; `count` is 0 where it belongs to what was counted before."""
         before = time.perf_counter()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before
-        self.counts[name] = self.counts.get(name, 0) + 1
+        self.counts[name] = self.counts.get(name, 0) + count
 
     def pop(self, step: int, tasks: int, aggregation_seconds: float) -> dict[str, float]:
         """Tags of the interval that ends at `step`; then starts anew."""

@@ -40,14 +40,15 @@ class World:
         goals: goals per task.
         description: what the run folder keeps in `goals.json` to make the same world again.
         training: makes the training environments, whose streams come from the given sequence; rows are task-major.
-        evaluation: makes one environment per task for evaluation.
+        evaluation: makes one environment per task for evaluation. It may use the worker processes of the training
+            environments given; None where there are none.
     """
 
     tasks: tuple[str, ...]
     goals: int
     description: dict[str, Any]
     training: Callable[[np.random.SeedSequence], VectorEnv]
-    evaluation: Callable[[], VectorEnv]
+    evaluation: Callable[[Any], VectorEnv]
 
 
 MakeWorld = Callable[[Config, "dict[str, Any] | None"], World]
@@ -58,7 +59,13 @@ def metaworld(config: Config, description: dict[str, Any] | None) -> World:
     tasks = expand_tasks(config.benchmark.tasks)
     goal_seed = config.seed if config.envs.goal_seed is None else config.envs.goal_seed
     goals = Goals.from_dict(description) if description else make_goals(tasks, goal_seed, config.benchmark.goals)
-    common: Any = {"reward": config.benchmark.reward, "action_repeat": config.envs.action_repeat}
+    common: Any = {
+        "reward": config.benchmark.reward,
+        "action_repeat": config.envs.action_repeat,
+        "workers": config.envs.workers,
+        "fast": config.envs.fast,
+        "self_check": config.envs.self_check == "on",
+    }
 
     def training(stream: np.random.SeedSequence) -> VectorEnv:
         envs = config.envs
@@ -73,8 +80,8 @@ def metaworld(config: Config, description: dict[str, Any] | None) -> World:
             **common,
         )
 
-    def evaluation() -> VectorEnv:
-        return MetaworldVectorEnv(tasks, goals, seed=0, horizon=config.eval.horizon, **common)
+    def evaluation(beside: MetaworldVectorEnv | None) -> VectorEnv:
+        return MetaworldVectorEnv(tasks, goals, seed=0, horizon=config.eval.horizon, share=beside, **common)
 
     return World(tasks, goals.num_goals, goals.to_dict(), training, evaluation)
 
@@ -214,7 +221,7 @@ class Run:
 
     def evaluation(self) -> VectorEnv:
         """The evaluation environments, made when they are first needed."""
-        self.evaluation_envs = self.evaluation_envs or self.world.evaluation()
+        self.evaluation_envs = self.evaluation_envs or self.world.evaluation(self.envs)
         return self.evaluation_envs
 
     def _saved(self) -> dict[str, Saved]:

@@ -47,9 +47,11 @@ def run_training(run: Run) -> Path:
         with watch.measure("stepping"):
             learner.observe(run.observations)
             actions = uniform if step <= sac.warmup else learner.act(run.observations, noise)
-            next_observations, rewards, terminated, truncated, infos = run.envs.step(
-                actions.flatten(0, 1).cpu().numpy()
-            )
+            run.envs.step_async(actions.flatten(0, 1).cpu().numpy())
+        if config.envs.pipeline:
+            learn(run, step, watch)  # from what was stored before this step, while the environments take it
+        with watch.measure("stepping", count=0):
+            next_observations, rewards, terminated, truncated, infos = run.envs.step_wait()
 
         # Store the true next observation: where an episode ended, that is not the one which the next action is for
         replay.add(
@@ -64,12 +66,8 @@ def run_training(run: Run) -> Path:
         run.observations = run.on_device(next_observations)
 
         # Learn
-        if step > sac.warmup and replay.windows > 0:
-            for _ in range(sac.updates_per_step):
-                with watch.measure("update"):
-                    batch = replay.gather(replay.draw(sac.batch_per_task, random.replay))
-                    metrics = learner.update(batch, learner.draw_noise(random.policy, random.aggregation))
-                    run.averages.add(metrics)
+        if not config.envs.pipeline:
+            learn(run, step, watch)
 
         # Evaluate on a few goals
         evaluating = run.due(config.eval.every, step)
@@ -109,3 +107,15 @@ def run_training(run: Run) -> Path:
             f"protocol {config.protocol}, every goal once, deterministic policy"
         )
     return run.folder
+
+
+def learn(run: Run, step: int, watch: Stopwatch) -> None:
+    """The updates of one vector step, on batches from the replay as it is; none during the warm-up."""
+    sac, learner, replay, random = run.config.sac, run.learner, run.replay, run.generators
+    if step <= sac.warmup or replay.windows == 0:
+        return
+    for _ in range(sac.updates_per_step):
+        with watch.measure("update"):
+            batch = replay.gather(replay.draw(sac.batch_per_task, random.replay))
+            metrics = learner.update(batch, learner.draw_noise(random.policy, random.aggregation))
+            run.averages.add(metrics)

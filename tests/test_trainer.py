@@ -309,3 +309,41 @@ class TestFailures:
         learner = load_checkpoint(folder, CPU)[1]["learner"]
         assert float(learner["updates"]) == 0
         assert all(torch.isfinite(value).all() for value in learner.values())
+
+
+class TestPipeline:
+    """`envs.pipeline`: each vector step runs while an update uses what was stored before it."""
+
+    @staticmethod
+    def config(run_dir: Path, **sections) -> Config:
+        return short_config(run_dir, envs=EnvsConfig(horizon=10, pipeline=True), **sections)
+
+    def test_an_update_comes_between_sending_actions_and_waiting_and_sees_one_step_less(self, tmp_path):
+        events: list[str | tuple[str, int]] = []
+        with Run(self.config(tmp_path / "run"), make_world=make_world) as run:
+            envs, learner, replay = run.envs, run.learner, run.replay
+            send, wait, update = envs.step_async, envs.step_wait, learner.update
+            envs.step_async = lambda actions: (events.append("send"), send(actions))[1]
+            envs.step_wait = lambda: (events.append("wait"), wait())[1]
+            learner.update = lambda *batch: (events.append(("update", replay.written)), update(*batch))[1]
+            run_training(run)
+        assert events[: 40 * 2] == ["send", "wait"] * 40  # the warm-up
+        for step in range(40, 120):
+            assert events[80 + 3 * (step - 40) :][:3] == ["send", ("update", step), "wait"]
+
+    def test_it_is_as_repeatable_as_without(self, tmp_path, read_progress):
+        first, second = (train(self.config(tmp_path / name), make_world=make_world) for name in ("a", "b"))
+        assert read_progress(first) == read_progress(second)
+        without = train(short_config(tmp_path / "without"), make_world=make_world)
+        assert read_progress(first)[-1]["train/q_mean"] != read_progress(without)[-1]["train/q_mean"]
+
+    def test_it_resumes_exactly(self, tmp_path, read_progress):
+        half, whole = (tiny_sac(steps=steps, warmup=40, batch_per_task=16) for steps in (80, 120))
+        straight = train(self.config(tmp_path / "straight", sac=whole), make_world=make_world)
+        train(self.config(tmp_path / "parts", sac=half), make_world=make_world)
+        resumed = train(self.config(tmp_path / "parts", sac=whole), resume=tmp_path / "parts", make_world=make_world)
+        assert read_progress(straight) == read_progress(resumed)
+
+    def test_it_learns(self, tmp_path, read_csv):
+        config = tiny_config(tmp_path / "run", aggregator=Mean(), envs=EnvsConfig(horizon=10, pipeline=True))
+        assert final_success(read_csv, train(config, make_world=make_world)) >= 0.9

@@ -110,6 +110,12 @@ class TinyVectorEnv(VectorEnv):
         terminated, truncated = (ended, never) if self.terminates else (never, ended)
         return self._observe(), rewards, terminated, truncated, infos
 
+    def step_async(self, actions: np.ndarray) -> None:
+        self.actions = actions
+
+    def step_wait(self) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        return self.step(self.actions)
+
     def state_dict(self) -> dict[str, Any]:
         assert self.at_episode_start
         return {"goal": self.goal.tolist(), "schedule": self.schedule.state_dict()}
@@ -144,7 +150,7 @@ def make_world(config: Config, description: dict[str, Any] | None, **options: An
         per_task = config.envs.envs_per_task
         return TinyVectorEnv(tasks, goals, stream, envs_per_task=per_task, horizon=config.envs.horizon, **options)
 
-    def evaluation() -> TinyVectorEnv:
+    def evaluation(beside: Any) -> TinyVectorEnv:
         return TinyVectorEnv(tasks, goals, 0, horizon=config.eval.horizon, **options)
 
     return World(tasks, goals, description or {"world": "tiny", "made": 1}, training, evaluation)

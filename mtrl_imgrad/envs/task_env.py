@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -42,6 +42,10 @@ class TaskEnv:
         self._action_repeat = action_repeat
         self.episode_length = 0
         """Simulator steps of the running episode."""
+
+    def simulator(self) -> tuple[Any, Any]:
+        """MuJoCo's model and data of this env as they are now, for drawing them."""
+        return self._env.model, self._env.data
 
     def reset(self, goal: int) -> Float64[np.ndarray, "observation=39"]:
         """Start an episode with the goal of this index. Nothing else in it is random."""

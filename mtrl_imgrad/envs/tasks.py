@@ -7,6 +7,7 @@ first used: importing metaworld costs about a second, and a command's `--help` d
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Sequence
 from functools import cache
 
@@ -17,8 +18,21 @@ MT50: tuple[str, ...]
 
 @cache
 def task_sets() -> dict[str, tuple[str, ...]]:
-    """The multi-task sets by name, each in Meta-World's order. MT50 is every task there is."""
-    from metaworld import env_dict
+    """The multi-task sets by name, each in Meta-World's order. MT50 is every task there is.
+
+    Raises:
+        ValueError: the environment variable MUJOCO_GL names a graphics library that MuJoCo cannot load.
+    """
+    try:
+        from metaworld import env_dict
+    except Exception as error:
+        # MuJoCo loads the library that MUJOCO_GL names when it is imported, and fails in many ways where there is none.
+        if library := os.environ.get("MUJOCO_GL"):
+            raise ValueError(
+                f"MUJOCO_GL: MuJoCo cannot load {library!r} ({type(error).__name__}: {error}); unset it or install "
+                "the library, on Debian and Ubuntu libosmesa6 for osmesa or libegl1 and a GPU's driver for egl"
+            ) from error
+        raise
 
     return {"MT10": tuple(env_dict.MT10_V3), "MT25": tuple(env_dict.MT25_V3), "MT50": tuple(env_dict.MT50_V3)}
 

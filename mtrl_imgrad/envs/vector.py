@@ -6,22 +6,30 @@ Rows are task-major: row `k * envs_per_task + e` is environment e of task k, so 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, TypeAlias, get_args
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypeAlias, get_args
 
 import gymnasium
 import numpy as np
 from gymnasium.spaces import Box
 from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
-from jaxtyping import Bool, Float32, Float64
+from jaxtyping import Bool, Float32, Float64, UInt8
 
+from mtrl_imgrad.envs import channel as messages
+from mtrl_imgrad.envs.chunk import MetaworldRows, RowMaker, RowSettings, chunk_specs
+from mtrl_imgrad.envs.dealing import deal, default_workers
 from mtrl_imgrad.envs.goal_schedule import GoalSchedule, Seeding
 from mtrl_imgrad.envs.goals import Goals
-from mtrl_imgrad.envs.task_env import RewardVersion, TaskEnv
+from mtrl_imgrad.envs.task_env import RewardVersion
+from mtrl_imgrad.envs.worker_pool import LocalSection, ThisProcess, WorkerPool, WorkerSection
 
 MAX_HORIZON = 500
 """Simulator steps after which Meta-World ends an episode itself (`max_path_length`)."""
+
+SIMULATOR_STEPS_PER_SECOND = 80
+"""Of simulated time."""
 
 Observations: TypeAlias = Float32[np.ndarray, "rows 39"]
 StepResult: TypeAlias = tuple[
@@ -34,8 +42,26 @@ StepResult: TypeAlias = tuple[
 """Observations, rewards, terminated, truncated, infos."""
 
 
+def check_arguments(
+    envs_per_task: int, horizon: int, reward: str, action_repeat: int, seeding: str, render_mode: str | None
+) -> None:
+    """Raise the one-line ValueError of the first argument out of range."""
+    if not 1 <= horizon <= MAX_HORIZON:
+        raise ValueError(f"horizon: {horizon} is not between 1 and {MAX_HORIZON} simulator steps")
+    for name, count in (("envs_per_task", envs_per_task), ("action_repeat", action_repeat)):
+        if count < 1:
+            raise ValueError(f"{name}: {count} is less than 1")
+    for name, value, allowed in (("reward", reward, RewardVersion), ("seeding", seeding, Seeding)):
+        if value not in get_args(allowed):
+            raise ValueError(f"{name}: {value!r} is not one of {', '.join(get_args(allowed))}")
+    if render_mode not in (None, "rgb_array"):
+        raise ValueError(f"render_mode: {render_mode!r} is not None or 'rgb_array'")
+
+
 class MetaworldVectorEnv(VectorEnv):
-    """Meta-World tasks in this process, with gymnasium's vector interface and same-step autoreset.
+    """Meta-World tasks with gymnasium's vector interface and same-step autoreset, in worker processes or in this one.
+
+    The numbers do not depend on where and how fast the tasks are stepped: `workers` and `fast` change no bit of them.
 
     Observations are Meta-World's 39 numbers (18 now, the 18 of the step before, 3 for the goal) in float32, without a
     task one-hot. Meta-World's own bounds of them are wrong, so the space is unbounded. Rewards are float64.
@@ -64,12 +90,25 @@ class MetaworldVectorEnv(VectorEnv):
         action_repeat: simulator steps per decision. Rewards are summed, success is that of any repeated step, and the
             last decision of an episode is shorter where `horizon` is not a multiple.
         seeding: the law of the streams, see `GoalSchedule`.
+        workers: processes that step the tasks, a share of them each; 0 steps in this process, None takes as many as
+            there are cores and at most one per task.
+        fast: leave out of Meta-World's step the Python that is not its reward (`fast_env`); False steps as it does.
+        self_check: compare the fast way with Meta-World's own for some steps of each task. A task in which a bit
+            differs is stepped by Meta-World's own way, and a RuntimeWarning names it.
+        share: another env, whose workers, models and resets this one uses too, in place of `workers`. Its tasks must
+            include these.
+        maker: makes what is stepped. For tests; a class that workers can import.
+        render_mode: "rgb_array" lets `render` draw pictures.
+        camera: one of topview, corner, corner2, corner3, corner4, behindGripper, gripperPOV.
+        width: of the pictures, in pixels.
+        height: of the pictures, in pixels.
 
     Raises:
         ValueError: a task without goals, or an argument out of range.
+        WorkerError: a worker process failed. So may every other method; there is nothing left to do then but `close`.
     """
 
-    metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012  (declared by gymnasium)
+    metadata: dict[str, Any] = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": ["rgb_array"]}  # noqa: RUF012
 
     def __init__(
         self,
@@ -82,17 +121,23 @@ class MetaworldVectorEnv(VectorEnv):
         reward: RewardVersion = "v2",
         action_repeat: int = 1,
         seeding: Seeding = "spawn",
+        workers: int | None = 0,
+        fast: bool = True,
+        self_check: bool = True,
+        share: MetaworldVectorEnv | None = None,
+        maker: Callable[[], RowMaker] = MetaworldRows,
+        render_mode: Literal["rgb_array"] | None = None,
+        camera: str = "corner4",
+        width: int = 480,
+        height: int = 480,
     ) -> None:
         if missing := [task for task in tasks if task not in goals.tasks]:
             raise ValueError(f"goals: none for {', '.join(missing)}; given are those of {', '.join(goals.tasks)}")
-        if not 1 <= horizon <= MAX_HORIZON:
-            raise ValueError(f"horizon: {horizon} is not between 1 and {MAX_HORIZON} simulator steps")
-        for name, count in (("envs_per_task", envs_per_task), ("action_repeat", action_repeat)):
-            if count < 1:
-                raise ValueError(f"{name}: {count} is less than 1")
-        for name, value, allowed in (("reward", reward, RewardVersion), ("seeding", seeding, Seeding)):
-            if value not in get_args(allowed):
-                raise ValueError(f"{name}: {value!r} is not one of {', '.join(get_args(allowed))}")
+        check_arguments(envs_per_task, horizon, reward, action_repeat, seeding, render_mode)
+        if workers is not None and workers < 0:
+            raise ValueError(f"workers: {workers} is less than 0")
+        if share and (missing := [task for task in tasks if task not in share.task_names]):
+            raise ValueError(f"share: the other env has no {', '.join(missing)}")
 
         self.task_names = tuple(tasks)
         self.num_tasks = len(self.task_names)
@@ -104,18 +149,23 @@ class MetaworldVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, self.num_envs)
 
         self._schedule = GoalSchedule(self.num_tasks, envs_per_task, goals.num_goals, seeding, seed)
-        self._envs: list[TaskEnv] = []
-        for task in self.task_names:
-            task_goals = goals.metaworld_tasks(task)
-            for _ in range(envs_per_task):
-                env = TaskEnv(task, task_goals, horizon=horizon, reward=reward, action_repeat=action_repeat)
-                self._envs.append(env)
-        self._started = False
-        self._actions: np.ndarray | None = None
+        self.render_mode = render_mode
+        self.metadata = self.metadata | {"render_fps": SIMULATOR_STEPS_PER_SECOND / action_repeat}
+        self._picture = (camera, width, height)
+        self._horizon, self._action_repeat = horizon, action_repeat
+        self._started = self._stepping = False
+        self._ending = np.zeros(self.num_envs, np.bool_)
         self._goal = np.zeros(self.num_envs, np.int64)
         self._success = np.zeros(self.num_envs, np.bool_)
         self._episode_return = np.zeros(self.num_envs, np.float64)
         self._episode_length = np.zeros(self.num_envs, np.int64)
+        self._pool = share._pool if share else _make_pool(self.task_names, workers, maker)
+        settings = RowSettings(horizon, reward, action_repeat, fast, self_check)
+        specs = chunk_specs(self._pool.dealt, self.task_names, goals, envs_per_task, settings)
+        self._section: WorkerSection | LocalSection = self._pool.open(specs, self.num_envs)
+        self._block = self._section.block
+        if self._section.warnings:
+            warnings.warn(f"stepped by Meta-World's own code: {'; '.join(self._section.warnings)}", RuntimeWarning, 2)
 
     def reset(
         self,
@@ -156,12 +206,20 @@ class MetaworldVectorEnv(VectorEnv):
         self._raise_if_closed()
         if not self._started:
             raise RuntimeError("call reset before the first step")
-        if self._actions is not None:
+        if self._stepping:
             raise RuntimeError("a step is under way: call step_wait first")
-        actions = np.array(actions, np.float32)
+        actions = np.asarray(actions, np.float32)
         if actions.shape != (self.num_envs, 4):
             raise ValueError(f"actions: shape {actions.shape} is not {(self.num_envs, 4)}")
-        self._actions = actions
+        self._block.actions[:] = actions
+        # The horizon alone ends episodes, so it is known now which rows will need another goal.
+        self._episode_length += np.minimum(self._action_repeat, self._horizon - self._episode_length)
+        self._ending = self._episode_length == self._horizon
+        self._block.next_goals.fill(-1)
+        for row in np.flatnonzero(self._ending).tolist():
+            self._block.next_goals[row] = self._schedule.next_goal(row)
+        self._stepping = True
+        self._section.start(messages.STEP)
 
     def step_wait(self) -> StepResult:
         """Finish the step begun by `step_async`. The arrays returned are the caller's: no later step changes them.
@@ -170,16 +228,12 @@ class MetaworldVectorEnv(VectorEnv):
             RuntimeError: no step is under way.
         """
         self._raise_if_closed()
-        if self._actions is None:
+        if not self._stepping:
             raise RuntimeError("no step is under way: call step_async first")
-        actions, self._actions = self._actions, None
-        final_obs = np.empty((self.num_envs, 39), np.float32)
-        rewards = np.empty(self.num_envs, np.float64)
-        truncated = np.empty(self.num_envs, np.bool_)
-        for row, env in enumerate(self._envs):
-            final_obs[row], rewards[row], success, truncated[row] = env.step(actions[row])
-            self._success[row] |= success
-            self._episode_length[row] = env.episode_length
+        self._section.wait()
+        self._stepping = False
+        final_obs, rewards, truncated = self._block.observations.copy(), self._block.rewards.copy(), self._ending
+        self._success |= self._block.successes
         self._episode_return += rewards
         infos = {
             "final_obs": final_obs,
@@ -190,8 +244,9 @@ class MetaworldVectorEnv(VectorEnv):
             "episode_length": self._episode_length.copy(),
         }
         observations = final_obs.copy()
-        for row in np.flatnonzero(truncated).tolist():
-            observations[row] = self._start_episode(row, self._schedule.next_goal(row))
+        if truncated.any():
+            observations[truncated] = self._block.first_observations[truncated]
+            self._begin_episodes(truncated)
         return observations, rewards, np.zeros(self.num_envs, np.bool_), truncated, infos
 
     def step(self, actions: Float32[np.ndarray, "rows 4"]) -> StepResult:
@@ -202,7 +257,7 @@ class MetaworldVectorEnv(VectorEnv):
     @property
     def at_episode_start(self) -> bool:
         """Whether every row was reset and none stepped since: the only moment at which `state_dict` is valid."""
-        return self._started and self._actions is None and not self._episode_length.any()
+        return self._started and not self._stepping and not self._episode_length.any()
 
     def state_dict(self) -> dict[str, Any]:
         """All that the episodes to come depend on, as integers, lists and strings, which JSON keeps exactly.
@@ -232,27 +287,54 @@ class MetaworldVectorEnv(VectorEnv):
         self._schedule.load_state_dict(state["schedule"])
         return self._start_all(state["goal"])
 
+    def render(self) -> tuple[UInt8[np.ndarray, "height width rgb=3"], ...]:
+        """A picture of every row. `render_row` draws a single one; both raise what it raises."""
+        return tuple(self.render_row(row) for row in range(self.num_envs))
+
+    def render_row(self, row: int) -> UInt8[np.ndarray, "height width rgb=3"]:
+        """A picture of one row, row `k * envs_per_task + e`. A row drawn once keeps some 20 MB for it.
+
+        Raises:
+            RuntimeError: the env was made without `render_mode`, or not yet reset.
+            ValueError: there is no such camera.
+            DependencyNotInstalled: there is no graphics library to draw with.
+        """
+        self._raise_if_closed()
+        if self._stepping:
+            raise RuntimeError("a step is under way: call step_wait before render")
+        if self.render_mode is None:
+            raise RuntimeError("render: make the env with render_mode='rgb_array' to draw it")
+        if not self._started:
+            raise RuntimeError("call reset before the first render")
+        return self._section.draw(self.task_names[row // self.envs_per_task], row, *self._picture)
+
     def close_extras(self, **kwargs: Any) -> None:
-        """Release the simulators. Called by `close`."""
-        for env in self._envs:
-            env.close()
-        self._envs.clear()
+        """Release the simulators, and the workers that nobody else uses. Called by `close`."""
+        if hasattr(self, "_section"):  # an env whose making failed may be closed, too
+            self._section.close()
+            del self._section, self._block  # the memory is freed with the last array that looks into it
 
     def _start_all(self, goals: Sequence[int]) -> tuple[Observations, dict[str, Any]]:
-        self._started = True
-        self._actions = None
-        observations = np.empty((self.num_envs, 39), np.float32)
-        for row, goal in enumerate(goals):
-            observations[row] = self._start_episode(row, goal)
-        return observations, {"goal": self._goal.copy()}
+        if self._stepping:
+            self._section.wait()
+        self._started, self._stepping = True, False
+        self._block.next_goals[:] = goals
+        self._section.start(messages.RESET)
+        self._section.wait()
+        self._begin_episodes(np.ones(self.num_envs, np.bool_))
+        return self._block.first_observations.copy(), {"goal": self._goal.copy()}
 
-    def _start_episode(self, row: int, goal: int) -> Float64[np.ndarray, "observation=39"]:
-        self._goal[row] = goal
-        self._success[row] = False
-        self._episode_return[row] = 0.0
-        self._episode_length[row] = 0
-        return self._envs[row].reset(goal)
+    def _begin_episodes(self, rows: Bool[np.ndarray, " rows"]) -> None:
+        self._goal[rows] = self._block.next_goals[rows]
+        self._success[rows] = False
+        self._episode_return[rows] = 0.0
+        self._episode_length[rows] = 0
 
     def _raise_if_closed(self) -> None:
         if self.closed:
             raise gymnasium.error.ClosedEnvironmentError("the vector env is closed")
+
+
+def _make_pool(tasks: Sequence[str], workers: int | None, maker: Callable[[], RowMaker]) -> WorkerPool | ThisProcess:
+    count = default_workers(len(tasks)) if workers is None else min(workers, len(tasks))
+    return WorkerPool(deal(tasks, count), maker) if count else ThisProcess(tasks, maker)

@@ -222,7 +222,7 @@ def test_spaces_and_dtypes(make_env):
 def test_close_releases_the_simulators(make_env):
     env = make_env(["reach-v3"])
     env.reset()
-    simulator = weakref.ref(env._envs[0]._env)
+    simulator = weakref.ref(env._section._chunk._fast._envs[0])
     env.close()
     env.close()
     gc.collect()

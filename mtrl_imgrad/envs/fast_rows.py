@@ -1,0 +1,132 @@
+"""Fast envs stepped together: what is the same for every task is done once for all of them.
+
+A step has three passes: the controls of all rows, the physics of each row, the observation and reward of each row. So
+MuJoCo's code stays in the processor's cache for one pass and Python's for the next, where one row after another would
+throw both out by turns.
+"""
+
+# pyright: reportAttributeAccessIssue=false
+# (mujoco does not tell its names to type checkers.)
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mujoco
+import numpy as np
+from jaxtyping import Bool, Float32, Float64
+
+from mtrl_imgrad.envs.fast_env import EpisodeStart, FastTask
+from mtrl_imgrad.envs.task_env import RewardVersion
+
+
+class FastRows:
+    """Several environments in lockstep: their episodes begin together and have one length.
+
+    Args:
+        tasks: what the rows of each task share, once per row.
+        reward: version of Meta-World's reward function.
+        horizon: simulator steps after which the episodes end.
+        action_repeat: simulator steps per decision.
+    """
+
+    def __init__(self, tasks: Sequence[FastTask], reward: RewardVersion, horizon: int, action_repeat: int) -> None:
+        self._tasks = list(tasks)
+        self._envs: list[Any] = [task.make(reward) for task in tasks]
+        self._starts: list[EpisodeStart | None] = [None] * len(tasks)
+        self._horizon, self._action_repeat = horizon, action_repeat
+        self._length = horizon
+        count, envs = len(tasks), self._envs
+        self._scale = np.array([[env.action_scale] for env in envs], np.float32)
+        self._mocap_low, self._mocap_high = (
+            np.stack([getattr(env, f"mocap_{end}") for env in envs]) for end in ("low", "high")
+        )
+        # Meta-World clips observations to these bounds, which build on the task's goal space.
+        spaces = [env.sawyer_observation_space for env in envs]
+        self._low, self._high = np.stack([space.low for space in spaces]), np.stack([space.high for space in spaces])
+        self._mocap = np.zeros((count, 3))
+        self._frames = np.zeros((count, 18))
+        self._simulations = [(env.model, env.simulation, env.frame_skip) for env in envs]
+        self._inputs = [(env.simulation.mocap_pos[0], env.simulation.ctrl) for env in envs]
+
+    def reset(self, index: int, goal: int) -> Float64[np.ndarray, "observation=39"]:
+        """Start an episode of one row. All rows are reset before the next step."""
+        start = self._starts[index] = self._tasks[index].start(self._envs[index], goal)
+        self._mocap[index] = self._inputs[index][0]
+        self._frames[index] = start.observation[:18]
+        self._length = 0
+        return start.observation
+
+    def step(
+        self, actions: Float32[np.ndarray, "rows 4"]
+    ) -> tuple[Float64[np.ndarray, "rows 39"], Float64[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
+        """Take one decision in every row: the action is repeated until the episode ends at the latest.
+
+        Returns:
+            The last observations, the sums of the rewards, whether any repeated step succeeded.
+
+        Raises:
+            RuntimeError: the episodes were over before.
+        """
+        if self._length == self._horizon:
+            raise RuntimeError("the episode is over: call reset first")
+        # As in `SawyerXYZEnv.set_xyz_action`: float32 until it is added to the position.
+        shifts = np.clip(actions[:, :3], -1, 1) * self._scale
+        controls = np.stack((actions[:, 3], -actions[:, 3]), axis=1).astype(np.float64)
+        observations = self._frames
+        totals, successes = np.zeros(len(actions)), np.zeros(len(actions), np.bool_)
+        for _ in range(min(self._action_repeat, self._horizon - self._length)):
+            self._advance(shifts, controls)
+            observations = self._observe()
+            for row, (env, observation, action) in enumerate(zip(self._envs, observations, actions, strict=True)):
+                reward, info = env.evaluate_state(observation, action)
+                totals[row] += reward
+                successes[row] |= info["success"] == 1.0
+            self._length += 1
+        return observations, totals, successes
+
+    def _advance(self, shifts: Float32[np.ndarray, "rows 3"], controls: Float64[np.ndarray, "rows 2"]) -> None:
+        """`set_xyz_action` and `do_simulation` up to where `SawyerXYZEnv.step` observes."""
+        mocap = self._mocap
+        mocap += shifts
+        mocap.clip(self._mocap_low, self._mocap_high, out=mocap)
+        for task, start, simulation, inputs, position, control in zip(
+            self._tasks, self._starts, self._simulations, self._inputs, mocap, controls, strict=True
+        ):
+            if task.on_model is not start:
+                task.place(start)
+            inputs[0][:], inputs[1][:] = position, control
+            mujoco.mj_step(*simulation)
+            mujoco.mj_forward(simulation[0], simulation[1])
+
+    def _observe(self) -> Float64[np.ndarray, "rows 39"]:
+        """`_get_obs` and the clipping in `SawyerXYZEnv.step`."""
+        observations = np.empty((len(self._envs), 39))
+        for env, observation in zip(self._envs, observations, strict=True):
+            hand, right_claw, left_claw = env.points
+            right_tip, left_tip = env.tips
+            env.tcp_center = (right_tip + left_tip) / 2.0
+            observation[:3] = hand
+            apart = right_claw - left_claw
+            observation[3] = min(max(math.sqrt(apart.dot(apart)) / 0.1, 0.0), 1.0)
+            env.objects(observation[4:18])
+            observation[36:] = env._get_pos_goal()
+        observations[:, 18:36] = self._frames
+        self._frames = observations[:, :18].copy()
+        return observations.clip(self._low, self._high, out=observations)
+
+    def simulator_of(self, index: int) -> Callable[[], tuple[mujoco.MjModel, mujoco.MjData]]:
+        """Gives a row's model and data as they are now, for drawing them."""
+
+        def simulator() -> tuple[mujoco.MjModel, mujoco.MjData]:
+            if start := self._starts[index]:
+                self._tasks[index].place(start)
+            return self._envs[index].model, self._envs[index].simulation
+
+        return simulator
+
+    def close(self) -> None:
+        """Release the simulators."""
+        for env in self._envs:
+            env.close()
