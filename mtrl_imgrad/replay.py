@@ -128,8 +128,8 @@ class Replay:
         ended = self.ended[when, task[..., None], env[..., None]]
         reached = torch.cat([torch.ones_like(ended[..., :1]), ~ended[..., :-1]], dim=-1).cumprod(-1)
         last = reached.sum(-1, keepdim=True) - 1
-        weights = reached * self.gamma**steps
-        rewards = (self.rewards[when, task[..., None], env[..., None]] * weights).sum(-1)
+        discounted = self.rewards[when, task[..., None], env[..., None]] * self.gamma**steps
+        rewards = torch.where(reached > 0, discounted, 0.0).sum(-1)
 
         first, final = when[..., 0], when.gather(-1, last).squeeze(-1)
         alive = ~self.terminated[final, task, env]
@@ -152,14 +152,13 @@ class Replay:
         Raises:
             ValueError: the shapes differ.
         """
-        self.written = int(state["written"])
+        filled = min(int(state["written"]), self.length)
         for name in RINGS:
-            ring = getattr(self, name)
-            if state[name].shape != ring[: self.filled].shape:
-                raise ValueError(
-                    f"replay: {name} has shape {tuple(state[name].shape)}, not {tuple(ring[: self.filled].shape)}."
-                )
-            ring[: self.filled] = state[name]
+            ring = getattr(self, name)[:filled]
+            if state[name].shape != ring.shape:
+                raise ValueError(f"replay: {name} has shape {tuple(state[name].shape)}, not {tuple(ring.shape)}.")
+            ring.copy_(state[name])
+        self.written = int(state["written"])
 
 
 RINGS = ("observations", "next_observations", "actions", "rewards", "terminated", "ended")

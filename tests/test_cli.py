@@ -395,7 +395,7 @@ def field_sentences() -> dict[str, tuple[str, object]]:
     def sentences(name: str) -> dict[str, str]:
         body = classes[name].body
         return {
-            node.target.id: after.value.value
+            node.target.id: str(after.value.value)
             for node, after in itertools.pairwise(body)
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
