@@ -27,7 +27,7 @@ class Policy:
 
     def predict(
         self,
-        obs: Float[np.ndarray, "*rows entries"],
+        observation: Float[np.ndarray, "*rows entries"],
         state: None = None,
         episode_start: Bool[np.ndarray, ...] | None = None,
         deterministic: bool = False,
@@ -37,8 +37,8 @@ class Policy:
         The signature is stable-baselines3's; `state` and `episode_start` are for recurrent policies and not used, and
         the second result is None.
         """
-        single = np.ndim(obs) == 1
-        rows = torch.as_tensor(np.atleast_2d(obs), dtype=torch.float32)
+        single = np.ndim(observation) == 1
+        rows = torch.as_tensor(np.atleast_2d(observation), dtype=torch.float32)
         learner = self.agent.learner
         # The network is evaluated for all tasks at once; only this task's rows are kept.
         observations = rows.to(learner.device).expand(learner.tasks, -1, -1)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import shutil
 import sys
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -42,17 +44,21 @@ def create_run(config: Config, goals: Any) -> Path:
 
     Raises:
         FileExistsError: `run_dir` was given and is not empty.
+        OSError: it cannot be made.
     """
     if config.run_dir:
         folder = Path(config.run_dir)
-        if folder.exists() and any(folder.iterdir()):
+        if folder.is_dir() and any(folder.iterdir()):
             raise FileExistsError(f"run_dir: {folder} exists and is not empty; use --resume {folder} to go on with it.")
     else:
         wanted = Path("runs") / run_name(config)
         folder, number = wanted, 2
         while folder.exists():
             folder, number = Path(f"{wanted}-{number}"), number + 1
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"run_dir: {folder} cannot be made ({error.strerror}).") from None
     (folder / "goals.json").write_text(json.dumps(goals))
     describe_run(folder, config)
     return folder
@@ -104,26 +110,39 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, beside / f"{name}.safetensors"
         )
     (beside / "state.json").write_text(json.dumps({"format": FORMAT, "step": step} | state))
-    shutil.rmtree(place, ignore_errors=True)
+    previous = _checkpoints(folder)
+    if place in previous:
+        # The same step again: the earlier one stays readable, under another name, until the new one has its place.
+        os.replace(place, place.with_suffix(".old"))
+        previous = _checkpoints(folder)
     os.replace(beside, place)
-    for older in place.parent.iterdir():
-        if older != place:
-            shutil.rmtree(older)
+    for older in previous:
+        shutil.rmtree(older)
     return place
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, the newest last."""
+    found = [path for path in (folder / "checkpoints").glob("*") if re.fullmatch(r"\d{10}(\.old)?", path.name)]
+    return sorted(found, key=lambda path: (path.stem, path.suffix == ""))
 
 
 def load_checkpoint(folder: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     """The newest checkpoint of a run: its JSON state, and its groups of tensors on `device`.
 
     Raises:
-        ValueError: there is none, or it has another format.
+        ValueError: there is none, it has another format, or it is damaged.
     """
-    found = sorted(path for path in folder.glob("checkpoints/*") if path.suffix != ".tmp")
+    found = _checkpoints(folder)
     if not found:
         raise ValueError(f"run: {folder} has no checkpoint yet.")
-    state = json.loads((found[-1] / "state.json").read_text())
+    try:
+        state = json.loads((found[-1] / "state.json").read_text())
+        parts = {path.stem: load_file(path, device=str(device)) for path in found[-1].glob("*.safetensors")}
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"run: checkpoint {found[-1]} cannot be read ({type(error).__name__}).") from None
     if state.get("format") != FORMAT:
         raise ValueError(
             f"run: checkpoint {found[-1]} has format {state.get('format')!r}; this version reads {FORMAT}."
         )
-    return state, {path.stem: load_file(path, device=str(device)) for path in found[-1].glob("*.safetensors")}
+    return state, parts

@@ -153,10 +153,10 @@ def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -
         else:
             shipped = value in AGGREGATORS and (configs_folder() / f"{value}.yaml").is_file()
             overlay = merge(overlay, read_overlay(value) if shipped else {"aggregator": {"name": value}})
-    section = overlay.get("aggregator", {})
-    if not isinstance(section, dict):
-        raise UserError(f"aggregator: {section!r} must be a mapping with a name and the rule's fields.")
-    fields = dict(section)
+    for field in dataclasses.fields(Config):
+        if field.default_factory is not dataclasses.MISSING and not isinstance(overlay.get(field.name, {}), dict):
+            raise UserError(f"{field.name}: {overlay[field.name]!r} must be a mapping of this section's fields.")
+    fields = dict(overlay.get("aggregator", {}))
     with told_as_user_errors():
         rule = resolve(str(fields.pop("name", "imgrad")))
         default = dataclasses.field(default_factory=rule)
@@ -164,7 +164,8 @@ def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -
     typed.__doc__ = Config.__doc__
     tokens = flags_of(overlay | {"aggregator": fields}) + flags
     _refuse_unknown(tokens, field_names(typed))
-    return parse(typed, [{"true": "True", "false": "False"}.get(token, token) for token in tokens], "train", TRAIN_HELP)
+    words = [re.sub(r"^(--[^=]+=)?(true|false)$", lambda m: f"{m[1] or ''}{m[2].title()}", token) for token in tokens]
+    return parse(typed, words, "train", TRAIN_HELP)
 
 
 def field_names(kind: Any, prefix: str = "") -> list[str]:

@@ -56,6 +56,8 @@ class EnvsConfig:
     (rate 0.001)."""
 
     def __post_init__(self) -> None:
+        seed_fits = self.goal_seed is None or 0 <= self.goal_seed < 2**32
+        _require(seed_fits, "envs.goal_seed", self.goal_seed, "between 0 and 2**32 - 1")
         _require(self.envs_per_task >= 1, "envs.envs_per_task", self.envs_per_task, "at least 1")
         _require(1 <= self.horizon <= 500, "envs.horizon", self.horizon, "between 1 and 500")
         _require(
@@ -254,7 +256,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "seed", self.seed, "zero or positive")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
         _require(self.threads >= 0, "threads", self.threads, "zero or positive")
         window = self.sac.n_step * self.envs.envs_per_task
         _require(

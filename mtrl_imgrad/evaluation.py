@@ -106,7 +106,7 @@ def write_rows(path: Path, episodes: Sequence[Episode]) -> None:
 
 def table(rows: Sequence[Episode]) -> str:
     """Success, return and steps to success of each task and their mean, as text."""
-    width = max(len(row.task) for row in rows)
+    width = max(len(name) for name in ("mean over tasks", *(row.task for row in rows)))
     lines = [f"{'task':<{width}}  episodes  success   return  steps to success"]
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]

@@ -68,7 +68,7 @@ class ProgressCsv(KVWriter):
 
 
 class TensorBoard(TensorBoardOutputFormat):
-    """stable-baselines3's TensorBoard writer, which hides events after `purge_step` that an interrupted run left."""
+    """stable-baselines3's TensorBoard writer, which hides what an interrupted run left from `purge_step` on."""
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
@@ -185,7 +185,7 @@ class RunLog:
     def __init__(self, folder: Path, total: int, start: int, tensorboard: bool) -> None:
         writers: list[KVWriter] = [ProgressCsv(folder / "progress.csv", start)]
         if tensorboard:
-            writers.append(TensorBoard(folder / "tensorboard", start or None))
+            writers.append(TensorBoard(folder / "tensorboard", start + 1 if start else None))
         self.logger = Logger(str(folder), writers)
         self.console = Console(highlight=False, soft_wrap=True)
         columns = (
