@@ -276,15 +276,24 @@ class Config:
         """Name of the evaluation protocol, derived from the fields so that it cannot be wrong (DESIGN.md rule 8)."""
         shown = (self.benchmark.reward, self.eval.horizon, self.benchmark.goals)
         named = {("v2", 500, 50): "metaworld-plus", ("v1", 150, 1): "cagrad (v1 reward on v3 environments)"}
+        normalized = self.envs.reward_normalization == "ema"  # part of the second protocol, foreign to the first
+        if shown in named and normalized == (shown[0] == "v1"):
+            return named[shown]
         reward, horizon, goals = shown
-        return named.get(shown, f"custom ({reward} reward, horizon {horizon}, {goals} goals)")
+        return f"custom ({reward} reward{', normalised' * normalized}, horizon {horizon}, {goals} goals)"
 
 
 def aggregator_name(rule: Aggregator) -> str:
-    """The registry name of a rule, or its import path `module:Class`."""
+    """The registry name of a rule, or its import path `module:Class`.
+
+    Raises:
+        ValueError: no other process could import the rule.
+    """
     for name, cls in AGGREGATORS.items():
         if type(rule) is cls:
             return name
+    if type(rule).__module__ == "__main__":
+        raise ValueError(f"aggregator: {type(rule).__qualname__} is defined in a script; a run needs it in a module.")
     return f"{type(rule).__module__}:{type(rule).__qualname__}"
 
 

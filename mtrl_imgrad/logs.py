@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -188,12 +188,7 @@ class RunLog:
             writers.append(TensorBoard(folder / "tensorboard", start + 1 if start else None))
         self.logger = Logger(str(folder), writers)
         self.console = Console(highlight=False, soft_wrap=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f} %"),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.bar = self.progress.add_task("starting", total=total, completed=start)
         self.total, self.start, self.started = total, start, time.perf_counter()
@@ -216,11 +211,11 @@ class RunLog:
         success = (
             ", ".join(f"{name} success {rate:.2f}" for name, rate in self.success.items()) or "no episode ended yet"
         )
-        line = f"step {step:,}/{self.total:,}  {success}  {values['time/fps']:,.0f} steps/s"
+        left = (time.perf_counter() - self.started) / (step - self.start) * (self.total - step)
+        line = f"step {step:,}/{self.total:,}  {success}  {values['time/fps']:,.0f} steps/s  {left / 60:.1f} min left"
         self.progress.update(self.bar, completed=step, description=line)
         if not self.console.is_terminal:
-            left = (time.perf_counter() - self.started) / (step - self.start) * (self.total - step)
-            self.print(f"{line}  {left / 60:.1f} min left")
+            self.print(line)
 
     def warn_of_non_finite(self, counts: Tensor, tasks: Sequence[str]) -> None:
         """Say so if updates were skipped since the last call, naming tasks and losses."""

@@ -8,6 +8,7 @@ one episode and never crosses the write position.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -109,6 +110,11 @@ class Replay:
         self.ended[at] = terminated | truncated
         self.written += 1
 
+    def cut_episodes(self) -> None:
+        """Let no window go beyond the newest transition: what is stored next belongs to other episodes."""
+        if self.written:
+            self.ended[(self.written - 1) % self.length] = True
+
     def draw(self, batch_per_task: int, generator: torch.Generator) -> Int[Tensor, "2 tasks rows"]:
         """Uniform starts (vector step counted from the oldest held, environment) for each task, independent between
         tasks."""
@@ -161,9 +167,17 @@ class Replay:
         self.written = int(state["written"])
 
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container its memory limit (version 2); elsewhere it does not exist."""
 RINGS = ("observations", "next_observations", "actions", "rewards", "terminated", "ended")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that can still be allocated on a device; on the CPU also within the control group of a container or job."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+        available = min(available, int(most) - int(used.read_text()))
+    return available

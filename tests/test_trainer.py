@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from checkpoints import load_checkpoint
 from tiny_world import TinyVectorEnv, make_world, tiny_config, tiny_sac
 
 from mtrl_imgrad import Config, train
 from mtrl_imgrad.aggregators import IMGrad, Mean
-from mtrl_imgrad.checkpoint import load_checkpoint
 from mtrl_imgrad.config import CheckpointConfig, EnvsConfig, EvalConfig, LogConfig, NetworkConfig
 from mtrl_imgrad.run import Run, World
 from mtrl_imgrad.trainer import run_training
@@ -145,6 +145,19 @@ class TestResume:
         _, resumed = straight_and_resumed
         assert len((resumed / "command.txt").read_text().splitlines()) == 2
         assert (resumed / "goals.json").read_text() == '{"world": "tiny", "made": 1}'
+
+    def test_a_run_that_ended_inside_an_episode_goes_on_with_new_episodes(self, tmp_path):
+        """Its last transition ends a window, and the goals are not those of the start again."""
+        folder = train(
+            short_config(tmp_path / "run", sac=tiny_sac(steps=55, warmup=40, n_step=3)), make_world=make_world
+        )
+        assert not replay_of(folder)["ended"][54].any()
+        longer = short_config(folder, sac=tiny_sac(steps=75, warmup=40, n_step=3))
+        train(longer, resume=folder, make_world=make_world)
+        replay = replay_of(folder)
+        assert replay["ended"][54].all()
+        assert not replay["terminated"][54].any()
+        assert not torch.equal(replay["observations"][55], replay["observations"][0])
 
     def test_an_interrupted_run_loses_nothing_but_what_followed_its_checkpoint(self, tmp_path, read_progress):
         """The process dies at step 110; the newest checkpoint, of step 90, lies between two log rows."""
