@@ -177,8 +177,8 @@ def tiny(monkeypatch) -> None:
     """Commands train on the tiny world instead of Meta-World."""
 
     class TinyRun(Run):
-        def __init__(self, config, resume=None):
-            super().__init__(config, resume, make_world)
+        def __init__(self, config, resume=None, started=None):
+            super().__init__(config, resume, make_world, started)
 
     monkeypatch.setattr("mtrl_imgrad.run.Run", TinyRun)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,13 @@ def short_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     parse = cli.parse_config
     monkeypatch.setattr(cli, "parse_config", lambda arguments, base=None: parse([*arguments, *SHORT], base))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rules", raising=False)
     return tmp_path
 
 
 def test_every_command_of_ours_is_accepted(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "my_rules", raising=False)
     (tmp_path / "my_rules.py").write_text(next(text for marker, _, text in BLOCKS if marker == "my_rules.py"))
     checked = 0
     for program, *arguments in commands():
