@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float
 
-from mtrl_imgrad.checkpoint import load_checkpoint, read_config
+from mtrl_imgrad.checkpoint import newest_checkpoint, read_config, read_part
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.evaluation import Episode, evaluate, write_rows
 from mtrl_imgrad.learner import Learner
@@ -20,14 +20,22 @@ from mtrl_imgrad.run import choose_device, metaworld
 
 @dataclass(frozen=True)
 class Policy:
-    """One task's policy. It applies the stored observation normalisation and the task's identity."""
+    """One task's policy. It applies the stored observation normalisation and the task's identity.
+
+    A policy trained with an action repeat decides every `action_repeat` simulator steps: repeat each action as often.
+    """
 
     agent: Agent
     task: int
 
+    @property
+    def action_repeat(self) -> int:
+        """Simulator steps per decision, in training and evaluation."""
+        return self.agent.config.envs.action_repeat
+
     def predict(
         self,
-        obs: Float[np.ndarray, "*rows entries"],
+        observation: Float[np.ndarray, "*rows entries"],
         state: None = None,
         episode_start: Bool[np.ndarray, ...] | None = None,
         deterministic: bool = False,
@@ -37,8 +45,8 @@ class Policy:
         The signature is stable-baselines3's; `state` and `episode_start` are for recurrent policies and not used, and
         the second result is None.
         """
-        single = np.ndim(obs) == 1
-        rows = torch.as_tensor(np.atleast_2d(obs), dtype=torch.float32)
+        single = np.ndim(observation) == 1
+        rows = torch.as_tensor(np.atleast_2d(observation), dtype=torch.float32)
         learner = self.agent.learner
         # The network is evaluated for all tasks at once; only this task's rows are kept.
         observations = rows.to(learner.device).expand(learner.tasks, -1, -1)
@@ -92,13 +100,13 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
     """
     folder = Path(run)
     config = read_config(folder)
-    state, parts = load_checkpoint(folder, torch.device(device))
+    checkpoint, state = newest_checkpoint(folder)
     tasks = tuple(state["tasks"])
     generator = torch.Generator().manual_seed(config.seed)
     learner = Learner(
         config, len(tasks), state["observation_size"], state["action_size"], torch.device(device), generator
     )
-    learner.load_state_dict(parts["learner"])
+    learner.load_state_dict(read_part(checkpoint, "learner", torch.device(device)))
     return Agent(config, tasks, state["step"], learner, generator)
 
 

@@ -9,9 +9,12 @@ previous one is removed afterwards.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import sys
 from importlib.metadata import version
@@ -20,6 +23,7 @@ from typing import Any
 
 import torch
 import yaml
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -38,37 +42,64 @@ def run_name(config: Config) -> str:
 
 
 def create_run(config: Config, goals: Any) -> Path:
-    """Make the run folder and write what describes the run.
+    """Make the run folder and write what describes the run. Two runs that start together never get the same one.
 
     Raises:
         FileExistsError: `run_dir` was given and is not empty.
+        OSError: it cannot be made.
+        ValueError: the configuration cannot be written down.
     """
-    if config.run_dir:
-        folder = Path(config.run_dir)
-        if folder.exists() and any(folder.iterdir()):
-            raise FileExistsError(f"run_dir: {folder} exists and is not empty; use --resume {folder} to go on with it.")
-    else:
-        wanted = Path("runs") / run_name(config)
-        folder, number = wanted, 2
-        while folder.exists():
-            folder, number = Path(f"{wanted}-{number}"), number + 1
-    folder.mkdir(parents=True, exist_ok=True)
+    to_dict(config)  # a configuration that cannot be written must not leave a folder
+    try:
+        folder = (
+            _given_folder(Path(config.run_dir)) if config.run_dir else _numbered_folder(Path("runs", run_name(config)))
+        )
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise OSError(f"run_dir: {config.run_dir or 'runs'} cannot be made ({error.strerror}).") from None
     (folder / "goals.json").write_text(json.dumps(goals))
-    describe_run(folder, config)
+    describe_run(folder, config, 0)
     return folder
 
 
-def describe_run(folder: Path, config: Config) -> None:
-    """Write the configuration, the versions, and one more line of the command history."""
+def _given_folder(folder: Path) -> Path:
+    if folder.is_dir() and any(folder.iterdir()):
+        raise FileExistsError(f"run_dir: {folder} exists and is not empty; use --resume {folder} to go on with it.")
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"run_dir: {folder} is a file.")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _numbered_folder(wanted: Path) -> Path:
+    wanted.parent.mkdir(parents=True, exist_ok=True)
+    for number in itertools.count(1):
+        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            continue
+        return folder
+    raise AssertionError("unreachable")
+
+
+def describe_run(folder: Path, config: Config, step: int) -> None:
+    """Write the configuration, and one more entry of the history of commands and of versions.
+
+    Args:
+        folder: the run folder.
+        config: the configuration from now on.
+        step: simulator steps per task trained before.
+    """
     (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     with (folder / "command.txt").open("a") as file:
-        file.write(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
-    versions = (
-        {"mtrl_imgrad": __version__}
-        | {name: version(name) for name in PACKAGES}
-        | {"python": platform.python_version()}
-    )
-    (folder / "versions.json").write_text(json.dumps(versions | {"protocol": config.protocol}, indent=1))
+        file.write(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
+    versions = {"mtrl_imgrad": __version__} | {name: version(name) for name in PACKAGES}
+    history = folder / "versions.json"
+    entries = json.loads(history.read_text()) if history.exists() else []
+    entries.append({"from_step": step, "protocol": config.protocol, "python": platform.python_version()} | versions)
+    history.write_text(json.dumps(entries, indent=1))
 
 
 def read_config(folder: Path) -> Config:
@@ -104,26 +135,50 @@ def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]]
             {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, beside / f"{name}.safetensors"
         )
     (beside / "state.json").write_text(json.dumps({"format": FORMAT, "step": step} | state))
-    shutil.rmtree(place, ignore_errors=True)
+    previous = _checkpoints(folder)
+    if place in previous:
+        # The same step again: the earlier one stays readable, under another name, until the new one has its place.
+        os.replace(place, place.with_suffix(".old"))
+        previous = _checkpoints(folder)
     os.replace(beside, place)
-    for older in place.parent.iterdir():
-        if older != place:
-            shutil.rmtree(older)
+    for older in previous:
+        shutil.rmtree(older)
     return place
 
 
-def load_checkpoint(folder: Path, device: torch.device) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The newest checkpoint of a run: its JSON state, and its groups of tensors on `device`.
+def _checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints of a run, the newest last."""
+    found = [path for path in (folder / "checkpoints").glob("*") if re.fullmatch(r"\d{10}(\.old)?", path.name)]
+    return sorted(found, key=lambda path: (path.stem, path.suffix == ""))
+
+
+def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
+    """The newest checkpoint of a run and its JSON state.
 
     Raises:
-        ValueError: there is none, or it has another format.
+        ValueError: there is none, it has another format, or it is damaged.
     """
-    found = sorted(path for path in folder.glob("checkpoints/*") if path.suffix != ".tmp")
+    found = _checkpoints(folder)
     if not found:
         raise ValueError(f"run: {folder} has no checkpoint yet.")
-    state = json.loads((found[-1] / "state.json").read_text())
+    try:
+        state = json.loads((found[-1] / "state.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"run: checkpoint {found[-1]} cannot be read ({type(error).__name__}).") from None
     if state.get("format") != FORMAT:
         raise ValueError(
             f"run: checkpoint {found[-1]} has format {state.get('format')!r}; this version reads {FORMAT}."
         )
-    return state, {path.stem: load_file(path, device=str(device)) for path in found[-1].glob("*.safetensors")}
+    return found[-1], state
+
+
+def read_part(checkpoint: Path, name: str, device: torch.device) -> dict[str, Tensor]:
+    """One group of tensors of a checkpoint.
+
+    Raises:
+        ValueError: it is not there, or damaged.
+    """
+    try:
+        return load_file(checkpoint / f"{name}.safetensors", device=str(device))
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ValueError(f"run: {name} of checkpoint {checkpoint} cannot be read ({type(error).__name__}).") from None

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import psutil
 import tyro
 import yaml
 
@@ -39,7 +40,7 @@ Lengths and intervals are in simulator steps per task.
 
 Example: mtrl-imgrad train --config mt10 --aggregator imgrad --aggregator.c 0.4 --seed 3"""
 CHANGEABLE = (
-    *("run_dir", "device", "threads", "eval", "log", "checkpoint", "sac.steps"),
+    *("run_dir", "device", "threads", "eval.every", "eval.final", "log", "checkpoint", "sac.steps"),
     *("envs.workers", "envs.fast", "envs.self_check"),
 )
 """What may differ from the stored configuration on a resume."""
@@ -82,6 +83,9 @@ def read_overlay(name: str) -> dict[str, Any]:
         raise UserError(f"config: {path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
     if not isinstance(overlay, dict):
         raise UserError(f"config: {path} must be a YAML mapping of fields; it is {type(overlay).__name__}.")
+    for field in dataclasses.fields(Config):
+        if field.default_factory is not dataclasses.MISSING and not isinstance(overlay.get(field.name, {}), dict):
+            raise UserError(f"{field.name}: {overlay[field.name]!r} must be a mapping of this section's fields.")
     return overlay
 
 
@@ -131,6 +135,8 @@ def take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[t
             taken.append((name, value))
         elif left and not left[0].startswith("--"):
             taken.append((name, left.pop(0)))
+            if left and not left[0].startswith("--"):
+                raise UserError(f"--{name}: one value is allowed, but {left[0]!r} follows {taken[-1][1]!r}.")
         else:
             raise UserError(f"--{name}: a value is missing.")
     return taken, rest
@@ -154,13 +160,10 @@ def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -
             overlay = merge(overlay, read_overlay(value))
         elif name == "benchmark":
             overlay = merge(overlay, {"benchmark": {"tasks": [value]}})
-        else:
+        elif value != overlay.get("aggregator", {}).get("name"):  # naming the chosen one again changes nothing
             shipped = value in AGGREGATORS and (configs_folder() / f"{value}.yaml").is_file()
             overlay = merge(overlay, read_overlay(value) if shipped else {"aggregator": {"name": value}})
-    section = overlay.get("aggregator", {})
-    if not isinstance(section, dict):
-        raise UserError(f"aggregator: {section!r} must be a mapping with a name and the rule's fields.")
-    fields = dict(section)
+    fields = dict(overlay.get("aggregator", {}))
     with told_as_user_errors():
         rule = resolve(str(fields.pop("name", "imgrad")))
         default = dataclasses.field(default_factory=rule)
@@ -168,7 +171,8 @@ def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -
     typed.__doc__ = Config.__doc__
     tokens = flags_of(overlay | {"aggregator": fields}) + flags
     _refuse_unknown(tokens, field_names(typed))
-    return parse(typed, [{"true": "True", "false": "False"}.get(token, token) for token in tokens], "train", TRAIN_HELP)
+    words = [re.sub(r"^(--[^=]+=)?(true|false)$", lambda m: f"{m[1] or ''}{m[2].title()}", token) for token in tokens]
+    return parse(typed, words, "train", TRAIN_HELP)
 
 
 def field_names(kind: Any, prefix: str = "") -> list[str]:
@@ -227,7 +231,7 @@ def command_train(arguments: Sequence[str]) -> None:
     if base:
         _refuse_changes(base, to_dict(config))
     with told_as_user_errors():
-        run = Run(config, resume)
+        run = Run(config, resume, started=psutil.Process().create_time())
     with run:
         run_training(run)
 
@@ -361,6 +365,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             near = difflib.get_close_matches(command, COMMANDS, 1, 0.0)[0]
             raise UserError(f"{command!r} is no command; the nearest is {near!r}.\nSee `{PROGRAM} --help`.")
         COMMANDS[command](rest)
+    except KeyboardInterrupt:
+        print(
+            f"{PROGRAM}: interrupted; a training run goes on from its newest checkpoint with --resume", file=sys.stderr
+        )
+        return 130
     except UserError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2

@@ -69,6 +69,8 @@ class EnvsConfig:
 
     def __post_init__(self) -> None:
         _require(self.workers is None or self.workers >= 0, "envs.workers", self.workers, "zero, positive or None")
+        seed_fits = self.goal_seed is None or 0 <= self.goal_seed < 2**32
+        _require(seed_fits, "envs.goal_seed", self.goal_seed, "between 0 and 2**32 - 1")
         _require(self.envs_per_task >= 1, "envs.envs_per_task", self.envs_per_task, "at least 1")
         _require(1 <= self.horizon <= 500, "envs.horizon", self.horizon, "between 1 and 500")
         _require(
@@ -267,7 +269,7 @@ class Config:
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
 
     def __post_init__(self) -> None:
-        _require(self.seed >= 0, "seed", self.seed, "zero or positive")
+        _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
         _require(self.threads >= 0, "threads", self.threads, "zero or positive")
         window = self.sac.n_step * self.envs.envs_per_task
         _require(
@@ -287,15 +289,24 @@ class Config:
         """Name of the evaluation protocol, derived from the fields so that it cannot be wrong (DESIGN.md rule 8)."""
         shown = (self.benchmark.reward, self.eval.horizon, self.benchmark.goals)
         named = {("v2", 500, 50): "metaworld-plus", ("v1", 150, 1): "cagrad (v1 reward on v3 environments)"}
+        normalized = self.envs.reward_normalization == "ema"  # part of the second protocol, foreign to the first
+        if shown in named and normalized == (shown[0] == "v1"):
+            return named[shown]
         reward, horizon, goals = shown
-        return named.get(shown, f"custom ({reward} reward, horizon {horizon}, {goals} goals)")
+        return f"custom ({reward} reward{', normalised' * normalized}, horizon {horizon}, {goals} goals)"
 
 
 def aggregator_name(rule: Aggregator) -> str:
-    """The registry name of a rule, or its import path `module:Class`."""
+    """The registry name of a rule, or its import path `module:Class`.
+
+    Raises:
+        ValueError: no other process could import the rule.
+    """
     for name, cls in AGGREGATORS.items():
         if type(rule) is cls:
             return name
+    if type(rule).__module__ == "__main__":
+        raise ValueError(f"aggregator: {type(rule).__qualname__} is defined in a script; a run needs it in a module.")
     return f"{type(rule).__module__}:{type(rule).__qualname__}"
 
 

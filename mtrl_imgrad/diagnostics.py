@@ -21,6 +21,6 @@ def gradient_statistics(gramian: Float64[Tensor, "tasks tasks"]) -> dict[str, Te
     off_diagonal = cosines - cosines.diagonal().diag_embed()
     return {
         "cosine_mean": off_diagonal.sum() / pairs,
-        "conflict_fraction": (off_diagonal < 0).sum() / pairs,
+        "conflict_fraction": (off_diagonal < 0).double().sum() / pairs,
         "norm_ratio": norms.amax() / norms.amin(),
     }

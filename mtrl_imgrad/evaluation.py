@@ -92,21 +92,35 @@ def success_per_task(rows: Sequence[Episode]) -> dict[str, float]:
 
 def write_rows(path: Path, episodes: Sequence[Episode]) -> None:
     """Add episodes to a tidy CSV; those of the same step, from an earlier evaluation or an interrupted run, are
-    replaced."""
-    lines: list[list[Any]] = []
+    replaced.
+    """
+    kept = [line for line in _read_rows(path) if int(line[0]) != episodes[0].step]
+    _replace_rows(path, [*kept, *(list(asdict(episode).values()) for episode in episodes)])
+
+
+def drop_rows_after(path: Path, step: int) -> None:
+    """Remove rows that a run wrote after the checkpoint from which it goes on."""
     if path.exists():
-        with path.open(newline="") as file:
-            lines = list(csv.reader(file))[1:]
-    lines = [line for line in lines if int(line[0]) != episodes[0].step]
+        _replace_rows(path, [line for line in _read_rows(path) if int(line[0]) <= step])
+
+
+def _read_rows(path: Path) -> list[list[str]]:
+    if not path.exists():
+        return []
+    with path.open(newline="") as file:
+        return list(csv.reader(file))[1:]
+
+
+def _replace_rows(path: Path, lines: Sequence[Sequence[Any]]) -> None:
     beside = path.with_suffix(".tmp")
     with beside.open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *lines, *(list(asdict(episode).values()) for episode in episodes)])
+        csv.writer(file).writerows([COLUMNS, *lines])
     os.replace(beside, path)
 
 
 def table(rows: Sequence[Episode]) -> str:
     """Success, return and steps to success of each task and their mean, as text."""
-    width = max(len(row.task) for row in rows)
+    width = max(len(name) for name in ("mean over tasks", *(row.task for row in rows)))
     lines = [f"{'task':<{width}}  episodes  success   return  steps to success"]
     for task in dict.fromkeys(row.task for row in rows):
         mine = [row for row in rows if row.task == task]

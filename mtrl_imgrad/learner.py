@@ -133,7 +133,7 @@ class Learner:
     def act(
         self, observations: Float[Tensor, "tasks rows entries"], noise: Float[Tensor, "tasks rows actions"] | None
     ) -> Float[Tensor, "tasks rows actions"]:
-        """Actions in (-1, 1): sampled with the given standard normal noise, or the mean's tanh where it is None."""
+        """Actions in [-1, 1]: sampled with the given standard normal noise, or the mean's tanh where it is None."""
         encoding = self.critic.encode(self.state["critic"], self.inputs(self.statistics, observations))
         mean, log_std = self.actor(self.state["actor"], encoding)
         return torch.tanh(mean if noise is None else mean + log_std.exp() * noise)
@@ -195,7 +195,8 @@ class Learner:
 
         new["target_critic"] = torch.lerp(state["target_critic"], new["critic"], settings.tau)
         new["updates"] = step
-        bad = torch.stack([critic_step.bad, actor_step.bad, ~torch.isfinite(temperature_losses)])
+        actor_bad = actor_step.bad & critic_step.finite  # its loss is taken with the new critics
+        bad = torch.stack([critic_step.bad, actor_bad, ~torch.isfinite(temperature_losses)])
         self._accept(new, bad, critic_step.finite & actor_step.finite)
         per_task = {
             "train/critic_loss": critic_losses,
@@ -231,12 +232,13 @@ class Learner:
         direction = gradients.combine(aggregation.weights)
         norm = direction.norm()
         direction = direction * (settings.max_grad_norm / norm).clamp(max=1.0) if settings.max_grad_norm else direction
+        bad = ~torch.isfinite(task_losses.detach() + gramian.diagonal())
         lr = settings.critic_lr if name == "critic" else settings.actor_lr
         scalars = gradient_statistics(gramian) | aggregation.diagnostics | {"direction_norm": norm}
         return _Step(
             new=adamw(self.state, name, direction, step, lr, settings.adam_eps, settings.weight_decay),
             finite=torch.isfinite(norm),
-            bad=~torch.isfinite(task_losses.detach() + gramian.diagonal()),
+            bad=bad | ~(torch.isfinite(norm) | bad.any()),  # an overflow that no task's row shows counts for all
             per_task={
                 f"gradients/{name}/weight": aggregation.weights,
                 f"gradients/{name}/norm": gramian.diagonal().sqrt(),

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
@@ -68,7 +68,7 @@ class ProgressCsv(KVWriter):
 
 
 class TensorBoard(TensorBoardOutputFormat):
-    """stable-baselines3's TensorBoard writer, which hides events after `purge_step` that an interrupted run left."""
+    """stable-baselines3's TensorBoard writer, which hides what an interrupted run left from `purge_step` on."""
 
     def __init__(self, folder: Path, purge_step: int | None) -> None:
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
@@ -186,15 +186,10 @@ class RunLog:
     def __init__(self, folder: Path, total: int, start: int, tensorboard: bool) -> None:
         writers: list[KVWriter] = [ProgressCsv(folder / "progress.csv", start)]
         if tensorboard:
-            writers.append(TensorBoard(folder / "tensorboard", start or None))
+            writers.append(TensorBoard(folder / "tensorboard", start + 1 if start else None))
         self.logger = Logger(str(folder), writers)
         self.console = Console(highlight=False, soft_wrap=True)
-        columns = (
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.percentage:3.0f} %"),
-            TimeRemainingColumn(),
-        )
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.bar = self.progress.add_task("starting", total=total, completed=start)
         self.total, self.start, self.started = total, start, time.perf_counter()
@@ -217,11 +212,11 @@ class RunLog:
         success = (
             ", ".join(f"{name} success {rate:.2f}" for name, rate in self.success.items()) or "no episode ended yet"
         )
-        line = f"step {step:,}/{self.total:,}  {success}  {values['time/fps']:,.0f} steps/s"
+        left = (time.perf_counter() - self.started) / (step - self.start) * (self.total - step)
+        line = f"step {step:,}/{self.total:,}  {success}  {values['time/fps']:,.0f} steps/s  {left / 60:.1f} min left"
         self.progress.update(self.bar, completed=step, description=line)
         if not self.console.is_terminal:
-            left = (time.perf_counter() - self.started) / (step - self.start) * (self.total - step)
-            self.print(f"{line}  {left / 60:.1f} min left")
+            self.print(line)
 
     def warn_of_non_finite(self, counts: Tensor, tasks: Sequence[str]) -> None:
         """Say so if updates were skipped since the last call, naming tasks and losses."""

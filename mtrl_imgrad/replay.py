@@ -8,6 +8,7 @@ one episode and never crosses the write position.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 import torch
@@ -109,6 +110,11 @@ class Replay:
         self.ended[at] = terminated | truncated
         self.written += 1
 
+    def cut_episodes(self) -> None:
+        """Let no window go beyond the newest transition: what is stored next belongs to other episodes."""
+        if self.written:
+            self.ended[(self.written - 1) % self.length] = True
+
     def draw(self, batch_per_task: int, generator: torch.Generator) -> Int[Tensor, "2 tasks rows"]:
         """Uniform starts (vector step counted from the oldest held, environment) for each task, independent between
         tasks."""
@@ -128,8 +134,8 @@ class Replay:
         ended = self.ended[when, task[..., None], env[..., None]]
         reached = torch.cat([torch.ones_like(ended[..., :1]), ~ended[..., :-1]], dim=-1).cumprod(-1)
         last = reached.sum(-1, keepdim=True) - 1
-        weights = reached * self.gamma**steps
-        rewards = (self.rewards[when, task[..., None], env[..., None]] * weights).sum(-1)
+        discounted = self.rewards[when, task[..., None], env[..., None]] * self.gamma**steps
+        rewards = torch.where(reached > 0, discounted, 0.0).sum(-1)
 
         first, final = when[..., 0], when.gather(-1, last).squeeze(-1)
         alive = ~self.terminated[final, task, env]
@@ -152,19 +158,26 @@ class Replay:
         Raises:
             ValueError: the shapes differ.
         """
-        self.written = int(state["written"])
+        filled = min(int(state["written"]), self.length)
         for name in RINGS:
-            ring = getattr(self, name)
-            if state[name].shape != ring[: self.filled].shape:
-                raise ValueError(
-                    f"replay: {name} has shape {tuple(state[name].shape)}, not {tuple(ring[: self.filled].shape)}."
-                )
-            ring[: self.filled] = state[name]
+            ring = getattr(self, name)[:filled]
+            if state[name].shape != ring.shape:
+                raise ValueError(f"replay: {name} has shape {tuple(state[name].shape)}, not {tuple(ring.shape)}.")
+            ring.copy_(state[name])
+        self.written = int(state["written"])
 
 
+CGROUP = Path("/sys/fs/cgroup")
+"""Where Linux tells a container its memory limit (version 2); elsewhere it does not exist."""
 RINGS = ("observations", "next_observations", "actions", "rewards", "terminated", "ended")
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that can still be allocated on a device."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    """Bytes that can still be allocated on a device; on the CPU also within the control group of a container or job."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    available = psutil.virtual_memory().available
+    limit, used = CGROUP / "memory.max", CGROUP / "memory.current"
+    if limit.exists() and used.exists() and (most := limit.read_text().strip()) != "max":
+        available = min(available, int(most) - int(used.read_text()))
+    return available

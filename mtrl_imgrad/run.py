@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,19 +12,20 @@ from types import TracebackType
 from typing import Any, Protocol
 
 import numpy as np
-import psutil
 import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from mtrl_imgrad.checkpoint import create_run, describe_run, load_checkpoint, save_checkpoint
+from mtrl_imgrad.checkpoint import create_run, describe_run, newest_checkpoint, read_part, save_checkpoint
 from mtrl_imgrad.config import Config, aggregator_name
 from mtrl_imgrad.envs import Goals, MetaworldVectorEnv, expand_tasks, make_goals
+from mtrl_imgrad.evaluation import drop_rows_after
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.logs import Averages, EpisodeStatistics, RunLog
 from mtrl_imgrad.replay import Replay
 from mtrl_imgrad.rewards import RewardNormalizer
 
+CPU = torch.device("cpu")
 EMA_RATE = 0.001
 """Rate of mtrl's reward normalisation."""
 STREAMS = ("envs", "replay", "policy", "aggregation", "network")
@@ -128,6 +130,7 @@ class Run:
         config: what to train.
         resume: a run folder to go on with from its newest checkpoint; None starts a new one.
         make_world: makes the environments.
+        started: the time, as time.time(), from which `time/elapsed` counts; None is now.
 
     Raises:
         ValueError: a field is not allowed, or the folder cannot be resumed.
@@ -135,7 +138,14 @@ class Run:
         FileExistsError: the run folder exists.
     """
 
-    def __init__(self, config: Config, resume: Path | None = None, make_world: MakeWorld = metaworld) -> None:
+    def __init__(
+        self,
+        config: Config,
+        resume: Path | None = None,
+        make_world: MakeWorld = metaworld,
+        started: float | None = None,
+    ) -> None:
+        self.started = time.time() if started is None else started
         self.config, self.device = config, choose_device(config.device)
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -168,11 +178,14 @@ class Run:
 
         self.start = 0
         envs_state = self._restore(resume) if resume else None
-        first, _ = self.envs.load_state_dict(envs_state) if envs_state else self.envs.reset()
+        if envs_state:
+            first, _ = self.envs.load_state_dict(envs_state)
+        else:
+            first, _ = self.envs.reset(seed=config.seed + self.start if self.start else None)
         self.observations = self.on_device(first)
         self.folder = resume or create_run(config, self.world.description)
         if resume:
-            describe_run(resume, config)
+            describe_run(resume, config, self.start)
         self.log = RunLog(self.folder, config.sac.steps, self.start, config.log.tensorboard)
 
     def __enter__(self) -> Run:
@@ -213,7 +226,7 @@ class Run:
             f"device: {self.device}, {torch.get_num_threads()} threads; "
             f"parameters: {shared:,} shared, {own:,} of single tasks",
             f"replay: {self.replay.bytes / 2**20:,.0f} MiB for {config.replay.capacity:,} transitions per task",
-            f"watch: tensorboard --logdir {self.folder / 'tensorboard'}"
+            f"watch: tensorboard --logdir {shlex.quote(str(self.folder / 'tensorboard'))}"
             if config.log.tensorboard
             else "TensorBoard is off",
         ):
@@ -235,8 +248,9 @@ class Run:
         }
 
     def save(self, step: int) -> None:
-        """Write a checkpoint. It resumes exactly where `envs.at_episode_start` holds; elsewhere the running episodes
-        are lost."""
+        """Write a checkpoint. It resumes exactly where `envs.at_episode_start` holds; elsewhere (only when training
+        ends inside an episode) the running episodes are cut, and a resume begins new ones.
+        """
         parts = {
             name: part.state_dict()
             for name, part in self._saved().items()
@@ -247,17 +261,20 @@ class Run:
         save_checkpoint(self.folder, step, parts, {"tasks": self.tasks, "envs": envs_state} | sizes)
 
     def _restore(self, folder: Path) -> dict[str, Any] | None:
-        state, parts = load_checkpoint(folder, self.device)
-        if "replay" not in parts:
+        checkpoint, state = newest_checkpoint(folder)
+        if not (checkpoint / "replay.safetensors").exists():
             raise ValueError(
                 f"run: {folder} was saved with checkpoint.replay false; it can be evaluated, but not trained further."
             )
         for name, part in self._saved().items():
-            part.load_state_dict(parts[name])
+            # The rings are already on the device: a second copy there may not fit.
+            part.load_state_dict(read_part(checkpoint, name, CPU if name == "replay" else self.device))
         self.start = state["step"]
+        if state["envs"] is None:
+            self.replay.cut_episodes()
+        drop_rows_after(folder / "eval_training.csv", self.start)
         return state["envs"]
 
-
-def process_seconds() -> float:
-    """Wall-clock seconds since this process started."""
-    return time.time() - psutil.Process().create_time()
+    def elapsed(self) -> float:
+        """Wall-clock seconds since the start."""
+        return time.time() - self.started

@@ -11,7 +11,7 @@ import torch
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.evaluation import evaluate, goal_subset, success_per_task, table, write_rows
 from mtrl_imgrad.logs import Stopwatch
-from mtrl_imgrad.run import MakeWorld, Run, metaworld, process_seconds
+from mtrl_imgrad.run import MakeWorld, Run, metaworld
 
 
 def train(config: Config, resume: Path | None = None, make_world: MakeWorld = metaworld) -> Path:
@@ -39,7 +39,8 @@ def run_training(run: Run) -> Path:
     chosen_goals = goal_subset(run.world.goals, config.eval.goals_per_task)
     watch = Stopwatch(run.start)
     checkpoint_due = False
-    for step in run.steps():
+    steps = run.steps()
+    for step in steps:
         # Act: uniformly at random during the warm-up, then with the policy
         shape = (*run.rows, learner.action_size)
         uniform = torch.rand(shape, generator=random.policy, device=run.device) * 2 - 1
@@ -80,10 +81,10 @@ def run_training(run: Run) -> Path:
             evaluated["eval/success_rate"] = float(np.mean(list(evaluated.values())))
 
         # Report
-        if evaluating or run.due(config.log.every, step) or step == run.steps()[-1]:
+        if evaluating or run.due(config.log.every, step) or step == steps[-1]:
             counts = {"train/updates": float(learner.state["updates"]), "rollout/transitions": step * len(run.tasks)}
             times = watch.pop(step, len(run.tasks), learner.pop_aggregation_seconds())
-            times["time/elapsed"] = process_seconds()
+            times["time/elapsed"] = run.elapsed()
             run.log.row(step, counts | run.episodes.pop(run.tasks) | run.averages.pop(run.tasks) | evaluated | times)
             run.log.warn_of_non_finite(learner.non_finite, run.tasks)
 
@@ -93,8 +94,8 @@ def run_training(run: Run) -> Path:
             run.save(step)
             checkpoint_due = False
 
-    last = max(run.start, run.steps()[-1]) if run.steps() else run.start
-    run.log.print(f"last update {process_seconds() / 60:.2f} minutes after the process started")
+    last = steps[-1] if steps else run.start
+    run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start")
     run.save(last)
     if config.eval.final:
         started = time.perf_counter()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtrl_imgrad.aggregators import AGGREGATORS, Aggregator, Mean
 from mtrl_imgrad.config import Config, NetworkConfig, SacConfig
-from mtrl_imgrad.learner import Learner, Noise
+from mtrl_imgrad.learner import Learner, Metrics, Noise
 from mtrl_imgrad.networks import Actor, TwinCritic
 from mtrl_imgrad.replay import Batch
 
@@ -55,3 +55,18 @@ def draw_noise(learner: Learner, seed: int = 1) -> Noise:
     policy, aggregation = (torch.Generator().manual_seed(seed + i) for i in (100, 200))
     noise = learner.draw_noise(policy, aggregation)
     return replace(noise, actions=noise.actions.to(learner.state["actor"].dtype))
+
+
+def update(learner: Learner, batch: Batch | None = None, seed: int = 1) -> Metrics:
+    """One update from the given batch, or from a random one, with noise of the seed."""
+    dtype = learner.state["actor"].dtype
+    return learner.update(batch or random_batch(seed, learner.tasks, dtype=dtype), draw_noise(learner, seed))
+
+
+def state_copy(learner: Learner) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in learner.state_dict().items()}
+
+
+def changed(before: dict[str, Tensor], learner: Learner) -> set[str]:
+    """Names in the learner's state that differ from `before`."""
+    return {name for name, value in learner.state_dict().items() if not value.equal(before[name])}

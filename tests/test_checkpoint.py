@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -9,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from checkpoints import load_checkpoint
 from tiny_world import make_world, tiny_config, tiny_sac
 
 from mtrl_imgrad import train
 from mtrl_imgrad.aggregators import Mean
-from mtrl_imgrad.checkpoint import load_checkpoint, read_config, save_checkpoint
+from mtrl_imgrad.checkpoint import create_run, read_config, save_checkpoint
 from mtrl_imgrad.config import Config, to_dict
 
 CPU = torch.device("cpu")
@@ -201,3 +203,17 @@ class TestRunFolder:
     def test_the_default_configuration_round_trips_through_yaml(self, tmp_path):
         (tmp_path / "config.yaml").write_text(yaml.safe_dump(to_dict(Config())))
         assert read_config(tmp_path) == Config()
+
+
+class TestRunFolders:
+    def test_runs_that_start_together_get_different_folders(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        folders = [create_run(Config(), {}) for _ in range(3)]
+        assert [folder.name for folder in folders] == ["mt10-imgrad-s1", "mt10-imgrad-s1-2", "mt10-imgrad-s1-3"]
+
+    def test_a_rule_that_no_other_process_can_import_leaves_no_folder(self, tmp_path):
+        rule = dataclasses.make_dataclass("Rule", [], bases=(Mean,), frozen=True)
+        rule.__module__ = "__main__"
+        with pytest.raises(ValueError, match="Rule is defined in a script"):
+            create_run(Config(run_dir=str(tmp_path / "run"), aggregator=rule()), {})
+        assert list(tmp_path.iterdir()) == []

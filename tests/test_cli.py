@@ -15,8 +15,8 @@ import torch
 import yaml
 from tiny_world import TinyVectorEnv, make_world, tiny_config
 
+from mtrl_imgrad import cli, train
 from mtrl_imgrad import config as config_module
-from mtrl_imgrad import train
 from mtrl_imgrad.aggregators import AGGREGATORS, CAGrad, ConicGrad, IMGrad, Mean
 from mtrl_imgrad.cli import field_names, main, parse_config
 from mtrl_imgrad.config import Config, EvalConfig, LogConfig, NetworkConfig, aggregator_name, to_dict
@@ -121,7 +121,8 @@ MISTAKES = {
     "train --aggregator missing_module:Rule": "aggregator: .*missing_module",
     "train --aggregator failing_module:Rule": "aggregator: .*failing_module.*RuntimeError",
     "train --aggregator my_rules:InverseNrm": "aggregator: .*InverseNrm.*'InverseNorm'",
-    "train --aggregator my_rules:NoRule": "aggregator: .*not a subclass",
+    "train --aggregator my_rules:NoRule": "aggregator: .*not a dataclass derived",
+    "train --benchmark reach-v3 push-v3": "--benchmark: one value .*'push-v3'",
     "train --aggregator :": "aggregator: ",
     "train --aggregator my_rules:InverseNorm --aggregator.powr 1": "aggregator.powr: .*--aggregator.power",
     "train --resume missing": "run: missing is no run folder",
@@ -176,8 +177,8 @@ def tiny(monkeypatch) -> None:
     """Commands train on the tiny world instead of Meta-World."""
 
     class TinyRun(Run):
-        def __init__(self, config, resume=None):
-            super().__init__(config, resume, make_world)
+        def __init__(self, config, resume=None, started=None):
+            super().__init__(config, resume, make_world, started)
 
     monkeypatch.setattr("mtrl_imgrad.run.Run", TinyRun)
 
@@ -272,6 +273,23 @@ class TestPrecedence:
         name = self.write(work, "first.yaml", {"aggregator": {"c": 0.75}})
         assert parse_config(["--config", name]).aggregator == IMGrad(c=0.75)
         assert parse_config(["--aggregator", "cagrad", "--config", name]).aggregator == CAGrad(c=0.75)
+
+
+def test_naming_the_chosen_aggregator_again_keeps_its_fields():
+    assert parse_config(["--config", "mt10_cagrad", "--aggregator", "cagrad"]).aggregator == CAGrad(c=0.9)
+    assert parse_config(["--aggregator", "cagrad", "--config", "mt10_cagrad"]).aggregator == CAGrad(c=0.9)
+
+
+def test_an_interrupt_ends_with_one_line(capsys, monkeypatch):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(cli.COMMANDS, "train", interrupt)
+    assert main(["train"]) == 130
+    said = capsys.readouterr().err
+    assert said.startswith("mtrl-imgrad: interrupted")
+    assert "--resume" in said
+    assert len(said.splitlines()) == 1
 
 
 class TestForms:
@@ -395,7 +413,7 @@ def field_sentences() -> dict[str, tuple[str, object]]:
     def sentences(name: str) -> dict[str, str]:
         body = classes[name].body
         return {
-            node.target.id: after.value.value
+            node.target.id: str(after.value.value)
             for node, after in itertools.pairwise(body)
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
             if isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)

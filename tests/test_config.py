@@ -142,16 +142,23 @@ class TestDerived:
         ("fields", "protocol"),
         [
             ({}, "metaworld-plus"),
-            ({"reward": "v1", "goals": 1, "horizon": 150}, "cagrad (v1 reward on v3 environments)"),
+            (
+                {"reward": "v1", "goals": 1, "horizon": 150, "reward_normalization": "ema"},
+                "cagrad (v1 reward on v3 environments)",
+            ),
+            ({"reward": "v1", "goals": 1, "horizon": 150}, "custom (v1 reward, horizon 150, 1 goals)"),
+            ({"reward_normalization": "ema"}, "custom (v2 reward, normalised, horizon 500, 50 goals)"),
             ({"goals": 10}, "custom (v2 reward, horizon 500, 10 goals)"),
             ({"horizon": 200}, "custom (v2 reward, horizon 200, 50 goals)"),
             ({"reward": "v1"}, "custom (v1 reward, horizon 500, 50 goals)"),
         ],
-        ids=["default", "cagrad", "fewer goals", "shorter", "v1 reward"],
+        ids=["default", "cagrad", "cagrad's raw rewards", "normalised rewards", "fewer goals", "shorter", "v1 reward"],
     )
     def test_the_protocol_follows_from_the_fields(self, fields, protocol):
+        fields = dict(fields)
         evaluation = EvalConfig(horizon=fields.pop("horizon", 500))
-        assert Config(benchmark=BenchmarkConfig(**fields), eval=evaluation).protocol == protocol
+        envs = EnvsConfig(reward_normalization=fields.pop("reward_normalization", "none"))
+        assert Config(benchmark=BenchmarkConfig(**fields), envs=envs, eval=evaluation).protocol == protocol
 
     def test_training_episodes_do_not_change_the_protocol(self):
         assert Config(envs=EnvsConfig(horizon=200, action_repeat=2)).protocol == "metaworld-plus"

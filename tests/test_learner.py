@@ -10,28 +10,28 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from small_learner import ACTIONS, CPU, ENTRIES, ROWS, RULES, TASKS, draw_noise, random_batch, small_learner
+from small_learner import (
+    ACTIONS,
+    CPU,
+    ENTRIES,
+    ROWS,
+    RULES,
+    TASKS,
+    changed,
+    draw_noise,
+    random_batch,
+    small_learner,
+    state_copy,
+    update,
+)
 from torch import Tensor
 
 from mtrl_imgrad import losses as sac
-from mtrl_imgrad.aggregators import PCGrad
-from mtrl_imgrad.learner import Learner, Metrics, Noise, adamw
+from mtrl_imgrad.aggregators import CAGrad, PCGrad
+from mtrl_imgrad.learner import Learner, Noise, adamw
 from mtrl_imgrad.replay import Batch, Replay
 
 EVERY_RULE = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-
-
-def _update(learner: Learner, batch: Batch | None = None, seed: int = 1) -> Metrics:
-    dtype = learner.state["actor"].dtype
-    return learner.update(batch or random_batch(seed, learner.tasks, dtype=dtype), draw_noise(learner, seed))
-
-
-def _copy(learner: Learner) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in learner.state_dict().items()}
-
-
-def _changed(before: dict[str, Tensor], learner: Learner) -> set[str]:
-    return {name for name, value in learner.state_dict().items() if not value.equal(before[name])}
 
 
 # Optimiser
@@ -53,13 +53,13 @@ def test_adamw_equals_torchs_over_twenty_steps(weight_decay):
 
 def test_norms_are_clipped_for_actor_and_critics_apart():
     free = small_learner(double=True)
-    scalars = _update(free).scalars
+    scalars = update(free).scalars
     norms = {name: float(scalars[f"gradients/{name}/direction_norm"]) for name in ("actor", "critic")}
     below, above = sorted(norms, key=norms.__getitem__)
     bound = math.sqrt(norms[below] * norms[above])
     assert norms[below] < 0.9 * bound
     clipped = small_learner(double=True, max_grad_norm=bound)
-    _update(clipped)
+    update(clipped)
     # After one step Adam's first moment is a tenth of the gradient. Its first step hardly depends on the gradient's
     # scale, so that the critics which the actor's gradient goes through are nearly the same.
     ratios = {name: clipped.state[f"{name}/m"].norm() / free.state[f"{name}/m"].norm() for name in norms}
@@ -71,15 +71,15 @@ def test_norms_are_clipped_for_actor_and_critics_apart():
 def test_target_critics_move_by_tau_towards_the_new_critics():
     learner = small_learner(double=True, tau=0.25)
     old = learner.state["target_critic"].clone()
-    _update(learner)
+    update(learner)
     torch.testing.assert_close(learner.state["target_critic"], 0.75 * old + 0.25 * learner.state["critic"])
 
 
 def test_reward_scale_is_a_factor_on_every_reward():
     scaled, plain, batch = small_learner(reward_scale=3.0), small_learner(), random_batch()
-    _update(scaled, batch)
-    _update(plain, replace(batch, rewards=3.0 * batch.rewards))
-    assert _changed(_copy(plain), scaled) == set()
+    update(scaled, batch)
+    update(plain, replace(batch, rewards=3.0 * batch.rewards))
+    assert changed(state_copy(plain), scaled) == set()
 
 
 # Temperatures
@@ -87,19 +87,19 @@ def test_reward_scale_is_a_factor_on_every_reward():
 
 def test_each_temperature_follows_its_own_tasks_entropy():
     learner, batch = small_learner(double=True, network={"task_input": "none"}), random_batch(dtype=torch.float64)
-    metrics = _update(learner, batch)
+    metrics = update(learner, batch)
     gradient = metrics.per_task["train/entropy"] + 2.0  # entropy minus the target of -2
     torch.testing.assert_close(learner.state["log_alpha/m"], 0.1 * gradient)
 
 
 def test_shared_temperature_stays_one_and_moves_by_the_mean_gradient():
     shared, own = small_learner(double=True, shared_temperature=True), small_learner(double=True)
-    _update(shared)
-    _update(own)
+    update(shared)
+    update(own)
     assert own.state["log_alpha/m"].std() > 1e-4
     torch.testing.assert_close(shared.state["log_alpha/m"], own.state["log_alpha/m"].mean().expand(TASKS))
     for seed in range(5):
-        _update(shared, seed=seed)
+        update(shared, seed=seed)
     assert shared.state["log_alpha"].eq(shared.state["log_alpha"][0]).all()
     assert not shared.state["log_alpha"][0].isclose(torch.tensor(0.3, dtype=torch.float64).log())
 
@@ -108,7 +108,7 @@ def test_shared_temperature_stays_one_and_moves_by_the_mean_gradient():
 
 
 def _targets(learner: Learner, batch: Batch) -> Tensor:
-    return _update(learner, batch).per_task["train/target_mean"]
+    return update(learner, batch).per_task["train/target_mean"]
 
 
 def test_next_action_comes_from_the_next_observation():
@@ -156,9 +156,9 @@ def test_truncation_bootstraps_from_the_true_final_observation_and_termination_d
 def test_every_rule_trains_the_critics_to_fit_a_fixed_batch(rule, kind):
     learner = small_learner(rule=rule, network={"kind": kind}, critic_lr=3e-3, initial_temperature=1e-3)
     batch = replace(random_batch(), discounts=torch.zeros(TASKS, ROWS))  # targets are the rewards
-    first = _update(learner, batch).per_task["train/critic_loss"]
+    first = update(learner, batch).per_task["train/critic_loss"]
     for seed in range(150):
-        metrics = _update(learner, batch, seed)
+        metrics = update(learner, batch, seed)
     assert all(torch.isfinite(value).all() for value in learner.state.values())
     assert (metrics.per_task["train/critic_loss"] < 0.5 * first).all()
 
@@ -171,11 +171,19 @@ def test_critics_and_actor_have_aggregators_and_noise_of_their_own():
     assert not noise.critic.equal(noise.actor)
 
 
+def test_each_aggregator_weighs_its_own_network():
+    learner = small_learner()
+    learner.actor_aggregator = CAGrad(c=0.9)
+    weights = {name: update(learner).per_task[f"gradients/{name}/weight"] for name in ("critic", "actor")}
+    torch.testing.assert_close(weights["critic"], torch.full((TASKS,), 1 / TASKS, dtype=torch.float64))
+    assert weights["actor"].std() > 1e-3
+
+
 def test_an_update_makes_two_backward_passes_for_any_number_of_tasks(monkeypatch):
     learner = small_learner(tasks=9)
     calls, grad = [], torch.autograd.grad
     monkeypatch.setattr(torch.autograd, "grad", lambda *args, **kwargs: calls.append(args) or grad(*args, **kwargs))
-    _update(learner)
+    update(learner)
     assert len(calls) == 2
 
 
@@ -184,8 +192,8 @@ def test_a_shared_encoder_is_trained_by_the_critic_loss_only():
     first, second = (small_learner(network={"share_encoder": True}) for _ in range(2))
     second.state["actor"] += 0.1
     batch = replace(random_batch(), discounts=torch.zeros(TASKS, ROWS))
-    _update(first, batch)
-    _update(second, batch)
+    update(first, batch)
+    update(second, batch)
     assert first.state["critic"].equal(second.state["critic"])
     assert not first.state["actor/m"].equal(second.state["actor/m"])
 
@@ -197,8 +205,8 @@ def test_a_shared_encoder_is_trained_by_the_critic_loss_only():
 def test_an_update_depends_on_batch_noise_and_state_alone(rule):
     first, second = small_learner(rule=rule), small_learner(rule=rule)
     for seed in range(3):  # another past
-        _update(second, seed=50 + seed)
-    second.load_state_dict(_copy(first))
+        update(second, seed=50 + seed)
+    second.load_state_dict(state_copy(first))
     torch.manual_seed(1)
     np.random.seed(1)  # noqa: NPY002  (the global state is what must not be touched)
     before, numpy_before = torch.get_rng_state(), np.random.get_state()[1].copy()  # noqa: NPY002
@@ -211,7 +219,7 @@ def test_an_update_depends_on_batch_noise_and_state_alone(rule):
 
     torch.manual_seed(2)
     again = second.update(batch, noise)
-    assert _changed(_copy(first), second) == set()
+    assert changed(state_copy(first), second) == set()
     for tag, value in (metrics.per_task | metrics.scalars).items():
         assert value.equal((again.per_task | again.scalars)[tag]), tag
 
@@ -252,67 +260,17 @@ def test_no_graph_is_kept_and_memory_does_not_grow():
 def test_state_round_trip_continues_with_the_same_numbers():
     first, second = small_learner(), small_learner()
     for seed in range(3):
-        _update(first, seed=seed)
-    second.load_state_dict(_copy(first))
+        update(first, seed=seed)
+    second.load_state_dict(state_copy(first))
     for seed in range(3, 6):
-        _update(first, seed=seed)
-        _update(second, seed=seed)
-    assert _changed(_copy(first), second) == set()
+        update(first, seed=seed)
+        update(second, seed=seed)
+    assert changed(state_copy(first), second) == set()
 
 
 def test_state_of_another_network_is_refused():
     with pytest.raises(ValueError, match="checkpoint: its parameters have other names or shapes"):
         small_learner().load_state_dict(small_learner(network={"width": 13}).state_dict())
-
-
-# Updates with a number that is not finite
-
-
-def _spoiled(field: str, value: float) -> Batch:
-    """A batch with one entry of task 1 that is not finite."""
-    batch = random_batch(2)
-    getattr(batch, field)[1, 3] = value
-    return batch
-
-
-@EVERY_RULE
-@pytest.mark.parametrize("field", ["rewards", "next_observations", "observations", "actions"])
-@pytest.mark.parametrize("value", [math.nan, math.inf], ids=["nan", "inf"])
-def test_a_non_finite_update_changes_nothing_but_counters(rule, value, field):
-    learner = small_learner(rule=rule)
-    _update(learner)
-    before = _copy(learner)
-    _update(learner, _spoiled(field, value), seed=2)
-    assert _changed(before, learner) == {"non_finite"}
-    assert learner.non_finite[:, 1].any()
-
-
-@pytest.mark.parametrize("field", ["rewards", "next_observations", "observations", "actions"])
-def test_a_non_finite_update_is_counted_for_its_own_task_only(field):
-    learner = small_learner()
-    _update(learner, _spoiled(field, math.nan))
-    assert learner.non_finite[:, 1].any()
-    assert not learner.non_finite[:, [0, 2]].any()
-
-
-def test_training_goes_on_after_a_non_finite_update_as_if_it_had_not_been():
-    hurt, well = small_learner(), small_learner()
-    for seed in range(4):
-        if seed == 2:
-            bad = random_batch(99)
-            bad.rewards[0, 0] = math.nan
-            _update(hurt, bad, seed=99)
-        _update(hurt, seed=seed)
-        _update(well, seed=seed)
-    assert _changed(_copy(well), hurt) == {"non_finite"}
-    assert float(hurt.state["updates"]) == 4
-
-
-def test_a_finite_update_counts_nothing_and_changes_everything():
-    learner = small_learner()
-    before = _copy(learner)
-    _update(learner)
-    assert _changed(before, learner) == set(before) - {"non_finite", "statistics"}
 
 
 # Precision, acting, observing
@@ -321,7 +279,7 @@ def test_a_finite_update_counts_nothing_and_changes_everything():
 def test_bfloat16_products_stay_close_to_float32():
     network = {"width": 64, "layer_norm": "plain"}
     exact, rough = (small_learner(network=network, precision=p) for p in ("float32", "bfloat16"))
-    ours, theirs = _update(rough), _update(exact)
+    ours, theirs = update(rough), update(exact)
     assert all(value.dtype in (torch.float32, torch.float64) for value in rough.state.values())
     for tag in ("train/critic_loss", "train/entropy", "train/target_mean"):
         assert not ours.per_task[tag].equal(theirs.per_task[tag])

@@ -218,8 +218,9 @@ class TestConsole:
 
     def test_the_run_folder_says_which_versions_and_protocol(self, tmp_path):
         folder = train(run_config(tmp_path / "run"), make_world=make_world)
-        versions = json.loads((folder / "versions.json").read_text())
+        (versions,) = json.loads((folder / "versions.json").read_text())
         assert versions["torch"].startswith(torch.__version__.partition("+")[0])
+        assert versions["from_step"] == 0
         assert versions["protocol"] == "custom (v2 reward, horizon 10, 10 goals)"
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator
@@ -60,6 +61,6 @@ def resolve(name: str) -> type[Aggregator]:
         near = difflib.get_close_matches(class_name, vars(module), n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"aggregator: module {module_name!r} has no class {class_name!r}{hint}")
-    if not (isinstance(rule, type) and issubclass(rule, Aggregator)):
-        raise ValueError(f"aggregator: {name!r} is not a subclass of mtrl_imgrad.aggregators.Aggregator")
+    if not (isinstance(rule, type) and issubclass(rule, Aggregator) and is_dataclass(rule)):
+        raise ValueError(f"aggregator: {name!r} is not a dataclass derived from mtrl_imgrad.aggregators.Aggregator")
     return rule

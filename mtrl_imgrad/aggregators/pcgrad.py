@@ -27,8 +27,9 @@ class PCGrad(Aggregator):
     """
 
     def draw_noise(self, num_tasks: int, generator: torch.Generator | None = None) -> Float[Tensor, "tasks tasks"]:
-        """Uniform numbers; row i, sorted, is the order in which task i meets its partners."""
-        return torch.rand(num_tasks, num_tasks, generator=generator, dtype=torch.float64)
+        """Uniform numbers on the generator's device; row i, sorted, is the order in which task i meets its partners."""
+        device = None if generator is None else generator.device
+        return torch.rand(num_tasks, num_tasks, generator=generator, dtype=torch.float64, device=device)
 
     def solve(
         self, gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tensor, "*batch tasks"], noise: Tensor | None

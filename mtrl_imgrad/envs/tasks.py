@@ -71,5 +71,5 @@ def expand_tasks(names: Sequence[str]) -> tuple[str, ...]:
 def _unknown(name: str) -> str:
     known = {candidate.lower(): candidate for candidate in (*task_sets(), *task_sets()["MT50"])}
     nearest = difflib.get_close_matches(name.lower(), known, n=1, cutoff=0.4)
-    hint = f"did you mean {known[nearest[0]]!r}?" if nearest else "for example 'reach-v3'"
-    return f"tasks: unknown name {name!r}, {hint} Allowed are MT10, MT25, MT50 and the names of Meta-World's 50 tasks"
+    hint = f"did you mean {known[nearest[0]]!r}?" if nearest else "a task is for example 'reach-v3'."
+    return f"tasks: unknown name {name!r}; {hint} Allowed are MT10, MT25, MT50 and the names of Meta-World's 50 tasks"

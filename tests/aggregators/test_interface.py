@@ -205,7 +205,7 @@ def test_a_class_in_the_current_directory_resolves(tmp_path: Path, monkeypatch: 
     (tmp_path / "users_rule_in_cwd.py").write_text(textwrap.dedent(source))
     monkeypatch.chdir(tmp_path)
     assert resolve("users_rule_in_cwd:First")()(torch.eye(3)).weights.tolist() == [1.0, 0.0, 0.0]
-    with pytest.raises(ValueError, match="'users_rule_in_cwd:NotARule' is not a subclass"):
+    with pytest.raises(ValueError, match="'users_rule_in_cwd:NotARule' is not a dataclass derived"):
         resolve("users_rule_in_cwd:NotARule")
     with pytest.raises(ValueError, match="has no class 'Firts'; did you mean 'First'"):
         resolve("users_rule_in_cwd:Firts")
@@ -218,7 +218,7 @@ def test_a_class_in_the_current_directory_resolves(tmp_path: Path, monkeypatch: 
         ("IMGrad", "did you mean 'imgrad'"),
         ("zzz", "got 'zzz'; allowed: mean, pcgrad, mgda, cagrad, imgrad, conicgrad, or module:Class"),
         ("no_such_module:Rule", "cannot import 'no_such_module'"),
-        ("math:sqrt", "is not a subclass"),
+        ("math:sqrt", "is not a dataclass derived"),
         (":Rule", "cannot import ''"),
     ],
     ids=lambda text: text.split()[0],

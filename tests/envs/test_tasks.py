@@ -44,11 +44,11 @@ def test_names_keep_the_order_given_and_mix_with_sets():
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        pytest.param(["reach"], "unknown name 'reach', did you mean 'reach-v3'", id="version left out"),
+        pytest.param(["reach"], "unknown name 'reach'; did you mean 'reach-v3'", id="version left out"),
         pytest.param(["Reach-v3"], "did you mean 'reach-v3'", id="capital letter"),
-        pytest.param(["reach-v3", "windwo-open-v3"], "'windwo-open-v3', did you mean 'window-open-v3'", id="typo"),
-        pytest.param(["mt11"], "'mt11', did you mean 'MT1", id="unknown set"),
-        pytest.param(["qqqqq"], "unknown name 'qqqqq', for example 'reach-v3'", id="nothing near"),
+        pytest.param(["reach-v3", "windwo-open-v3"], "'windwo-open-v3'; did you mean 'window-open-v3'", id="typo"),
+        pytest.param(["mt11"], "'mt11'; did you mean 'MT1", id="unknown set"),
+        pytest.param(["qqqqq"], "unknown name 'qqqqq'; a task is for example 'reach-v3'", id="nothing near"),
         pytest.param(["reach-v3", "reach-v3"], "'reach-v3' is given twice", id="task twice"),
         pytest.param(["push-v3", "mt10"], "'push-v3' is given twice", id="task and its set"),
         pytest.param([], "none given", id="empty"),
