@@ -55,7 +55,8 @@ def test_every_command_of_ours_is_accepted(tmp_path, monkeypatch):
             _, rest = cli.take_options(rest, ("resume",))
             cli.parse_config(rest)
         else:
-            cli.parse({"evaluate": cli.EvaluateOptions, "list": cli.ListOptions}[command], rest, command)
+            options = {"evaluate": cli.EvaluateOptions, "list": cli.ListOptions, "bench": cli.BenchOptions}
+            cli.parse(options[command], rest, command)
         checked += 1
     assert checked >= 8
 
@@ -86,6 +87,13 @@ def test_aggregators_on_their_own():
     exec(next(text for text in blocks("python") if "torch.randn(10, 1000)" in text), names)
     assert names["direction"].shape == (1000,)
     assert 0 <= float(names["result"].diagnostics["cos_theta"]) <= 1
+
+
+def test_the_environments_on_their_own():
+    names: dict = {}
+    exec(next(text for text in blocks("python") if "make_vec" in text), names)
+    assert names["observations"].shape == (10, 39)
+    assert names["truncated"].shape == (10,)
 
 
 def test_the_aggregator_written_in_the_readme_trains(short_runs):
