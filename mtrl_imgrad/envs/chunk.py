@@ -144,7 +144,11 @@ class Chunk:
             from mtrl_imgrad.envs.fast_rows import FastRows
 
             self._fast = FastRows(
-                [shared for _, shared in fast], settings.reward, settings.horizon, settings.action_repeat
+                [shared for _, shared in fast],
+                settings.reward,
+                settings.horizon,
+                settings.action_repeat,
+                self._made_progress,
             )
 
     def reset(self) -> None:
@@ -166,7 +170,6 @@ class Chunk:
             rows = self._fast_indices
             observations, rewards, successes = self._fast.step(block.actions[rows])
             block.observations[rows], block.rewards[rows], block.successes[rows] = observations, rewards, successes
-            self._made_progress()
         for row, env in self._rows:
             block.observations[row], block.rewards[row], block.successes[row], _ = env.step(block.actions[row])
             self._made_progress()

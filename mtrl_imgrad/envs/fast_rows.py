@@ -29,14 +29,23 @@ class FastRows:
         reward: version of Meta-World's reward function.
         horizon: simulator steps after which the episodes end.
         action_repeat: simulator steps per decision.
+        tick: called after every simulator step of all rows.
     """
 
-    def __init__(self, tasks: Sequence[FastTask], reward: RewardVersion, horizon: int, action_repeat: int) -> None:
+    def __init__(
+        self,
+        tasks: Sequence[FastTask],
+        reward: RewardVersion,
+        horizon: int,
+        action_repeat: int,
+        tick: Callable[[], None] = lambda: None,
+    ) -> None:
         self._tasks = list(tasks)
         self._envs: list[Any] = [task.make(reward) for task in tasks]
         self._starts: list[EpisodeStart | None] = [None] * len(tasks)
         self._horizon, self._action_repeat = horizon, action_repeat
         self._length = horizon
+        self._tick = tick
         count, envs = len(tasks), self._envs
         self._scale = np.array([[env.action_scale] for env in envs], np.float32)
         self._mocap_low, self._mocap_high = (
@@ -84,6 +93,7 @@ class FastRows:
                 totals[row] += reward
                 successes[row] |= info["success"] == 1.0
             self._length += 1
+            self._tick()
         return observations, totals, successes
 
     def _advance(self, shifts: Float32[np.ndarray, "rows 3"], controls: Float64[np.ndarray, "rows 2"]) -> None:

@@ -6,6 +6,8 @@ works is taken.
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import importlib
 import os
 import subprocess
@@ -41,8 +43,8 @@ def graphics_library() -> str:
     tried = (wanted,) if wanted else LIBRARIES.get(sys.platform, ("glfw",))
     for name in tried:
         environment = os.environ | {"MUJOCO_GL": name}
-        done = subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, check=False)
-        if done.returncode == 0:
+        with contextlib.suppress(subprocess.SubprocessError):
+            subprocess.run([sys.executable, "-c", PROBE], env=environment, capture_output=True, check=True, timeout=60)
             return name
     raise DependencyNotInstalled(MISSING.format(tried=", ".join(tried)))
 
@@ -71,6 +73,9 @@ class TaskRenderer:
         if camera not in cameras:
             raise ValueError(f"camera: {camera!r} is not one of {', '.join(cameras)}")
         self._graphics = importlib.import_module(f"mujoco.{graphics_library()}").GLContext(width, height)
+        # Python's end comes for the library's memory too late. Of what is registered here, the last is called first, so
+        # this is before the library itself is ended.
+        atexit.register(self.close)
         self._graphics.make_current()
         # The size of the buffer that pictures are drawn into is read from the model, and is nothing but that.
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
@@ -105,6 +110,7 @@ class TaskRenderer:
 
     def close(self) -> None:
         """Release the graphics library's memory."""
+        atexit.unregister(self.close)
         self._graphics.make_current()
         self._context.free()
         self._graphics.free()

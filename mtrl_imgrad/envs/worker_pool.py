@@ -26,7 +26,7 @@ from mtrl_imgrad.envs.shared_block import Block, allocate, attach, private
 HANG_SECONDS = 8
 """Seconds without a sign of life after which a worker at work has hung."""
 START_SECONDS = 120
-"""The same for a worker that starts: Python imports from a disk that may be cold and shared."""
+"""The same for a worker that starts, whose imports may come from a cold disk that others use too."""
 CLOSE_SECONDS = 2.0
 """How long a worker may take to end by itself."""
 
@@ -74,11 +74,12 @@ class Worker:
         except OSError:
             raise self._death() from None
 
-    def receive(self, progress: Any) -> bytes:
+    def receive(self, progress: Any, patience: int = HANG_SECONDS) -> bytes:
         """Wait for the answer.
 
         Args:
             progress: the array in which the worker counts what it has done.
+            patience: seconds without progress after which it has hung. It has more until it has made its first rows.
 
         Raises:
             WorkerError: the process has ended, has hung, or has met an error.
@@ -91,16 +92,16 @@ class Worker:
                 # Seconds are counted while this process runs, so that nobody has hung who was stopped along with it.
                 silent = silent + 1 if progress[self.index] == last else 0
                 last = int(progress[self.index])
-                if silent >= (HANG_SECONDS if self._working else START_SECONDS):
-                    raise WorkerError(f"{self.name} has not answered for {silent} seconds; it was ended.") from None
                 self._working |= last > 0
+                if silent >= (patience if self._working else START_SECONDS):
+                    raise WorkerError(f"{self.name} has not answered for {silent} seconds; it was ended.") from None
                 continue
             except EOFError:
                 raise self._death() from None
             self._working = True
             if kind == messages.FAILED:
                 told, trace = pickle.loads(payload)
-                error = WorkerError(f"{self.name} has failed with\n{' '.join(told.split())}")
+                error = WorkerError(f"{self.name} has failed with\n{' '.join(told.split())[:300]}")
                 error.add_note(trace)
                 raise error
             return payload
@@ -176,9 +177,9 @@ class WorkerPool:
             self.end()
             raise
 
-    def answer(self, index: int, block: Block) -> bytes:
+    def answer(self, index: int, block: Block, patience: int = HANG_SECONDS) -> bytes:
         try:
-            return self.workers[index].receive(block.progress)
+            return self.workers[index].receive(block.progress, patience)
         except WorkerError:
             self.end()
             raise
@@ -230,7 +231,8 @@ class WorkerSection:
         """A picture of a row of this task."""
         index = next(index for index, tasks in enumerate(self.pool.dealt) if task in tasks)
         self.pool.ask(index, messages.DRAW, self._number, pickle.dumps((row, camera, width, height)))
-        picture = pickle.loads(self.pool.answer(index, self.block))
+        # The first one looks for a graphics library that works.
+        picture = pickle.loads(self.pool.answer(index, self.block, START_SECONDS))
         if isinstance(picture, Exception):
             raise picture
         return picture

@@ -155,6 +155,20 @@ def test_an_unknown_camera_is_named_with_those_there_are(make_env, workers):
         env.render()
 
 
+@pytest.mark.usefixtures("needs_graphics")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_an_env_that_is_not_closed_says_nothing_when_python_ends(workers):
+    program = f"""
+from mtrl_imgrad.envs import make_vector_env
+envs = make_vector_env("reach-v3", num_goals=1, render_mode="rgb_array", workers={workers})
+envs.reset()
+print(envs.render_row(0).shape)
+"""
+    command = [sys.executable, "-W", "error", "-c", program]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "(480, 480, 3)\n", "")
+
+
 def test_rendering_has_to_be_asked_for(make_env):
     env = make_env(render_mode=None)
     env.reset()
