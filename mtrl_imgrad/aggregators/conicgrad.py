@@ -26,9 +26,10 @@ NO_AXIS = 1e-15
 
 @dataclass(frozen=True)
 class ConicGrad(Aggregator):
-    """max over d of min_i <g_i, d> subject to cos(d, g0) >= c and ||d|| <= ||g0||, g0 the mean gradient.
+    """Derived from the abstract; paper equations not read: min_i <g_i, d> is maximised in a cone around the mean gradient.
 
-    Derived from the abstract; paper equations not read. With u = g0 / ||g0|| and s = sqrt(1 - c^2):
+    max over d of min_i <g_i, d> subject to cos(d, g0) >= c and ||d|| <= ||g0||, g0 the mean gradient. With
+    u = g0 / ||g0|| and s = sqrt(1 - c^2):
 
     1. gm, the minimum-norm point of the hull. If cos(g0, gm) >= c, d = ||g0|| gm / ||gm|| (the cone is not active).
     2. Otherwise w minimises c <gw, u> + s ||P gw|| over the simplex, P the projection orthogonal to g0, and
