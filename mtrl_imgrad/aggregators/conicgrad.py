@@ -26,7 +26,7 @@ NO_AXIS = 1e-15
 
 @dataclass(frozen=True)
 class ConicGrad(Aggregator):
-    """Derived from the abstract; paper equations not read: min_i <g_i, d> is maximised in a cone around the mean gradient.
+    """Best worst-case direction in a cone around the mean; derived from the abstract, paper equations not read.
 
     max over d of min_i <g_i, d> subject to cos(d, g0) >= c and ||d|| <= ||g0||, g0 the mean gradient. With
     u = g0 / ||g0|| and s = sqrt(1 - c^2):
