@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 HISTORY_DEPENDENT = {("disassemble-v3", "v1")}
-"""Tasks and rewards whose episodes depend on those before them, so that a restored start is not the same: this v1
-reward remembers across resets whether the object was picked up."""
+"""Tasks and rewards for which a restored start was found not to be that of a reset: this v1 reward reads the height of
+the object before the reset has put it in its place."""
 
 
 @dataclass(frozen=True)
