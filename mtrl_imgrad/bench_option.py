@@ -7,6 +7,7 @@ answers each line on its input with a line of JSON: `construct` (seconds), `warm
 
 from __future__ import annotations
 
+import concurrent.futures
 import importlib
 import json
 import os
@@ -73,13 +74,15 @@ class Ours:
 
 class Physics:
     """The limit: MuJoCo alone, doing for every task what Meta-World lets it do in one recorded episode - the five
-    `mj_step` and the `mj_forward` of each step - and nothing else: no observation, reward, reset or hand-over.
+    `mj_step` and the `mj_forward` of each step - and nothing else: no observation, reward, reset or shared memory.
 
-    Each call of `mj_step(..., nstep=5)` and `mj_forward` runs in C without Python's lock. Threads take whole episodes,
-    the longest first, and wait for each other only at the end of a run.
+    Each call of `mj_step(..., nstep=5)` and `mj_forward` runs in C without Python's lock. By default, threads take
+    whole episodes, the longest first, and wait for each other only at the end of a run, which no vector env can do: its
+    caller wants all observations before it gives the next actions. With `in_step`, each thread has its share of the
+    tasks and waits after every vector step for the others.
     """
 
-    def __init__(self, tasks: str, seed: int, horizon: int, threads: int) -> None:
+    def __init__(self, tasks: str, seed: int, horizon: int, threads: int, in_step: bool = False) -> None:
         from mtrl_imgrad.envs import expand_tasks, make_goals
 
         names = expand_tasks((tasks,))
@@ -88,11 +91,26 @@ class Physics:
         episodes = [
             _RecordedEpisode(name, goals.metaworld_tasks(name)[0], actions[:, row]) for row, name in enumerate(names)
         ]
-        self._episodes = sorted(episodes, key=lambda episode: -episode.timed())
+        seconds = {id(episode): episode.timed() for episode in episodes}
+        self._episodes = sorted(episodes, key=lambda episode: -seconds[id(episode)])
+        self._horizon, self._in_step = horizon, in_step
         self._threads = ThreadPoolExecutor(threads)
+        self._dealt: list[list[_RecordedEpisode]] = [[] for _ in range(threads)]
+        for episode in self._episodes:
+            min(self._dealt, key=lambda share: sum(seconds[id(each)] for each in share)).append(episode)
 
     def run(self, episodes: int) -> None:
-        list(self._threads.map(_RecordedEpisode.play, self._episodes * episodes))
+        if not self._in_step:
+            list(self._threads.map(_RecordedEpisode.play, self._episodes * episodes))
+            return
+        (mine, *others), wait = self._dealt, concurrent.futures.wait
+        for _ in range(episodes):
+            for episode in self._episodes:
+                episode.start()
+            for step in range(self._horizon):
+                theirs = [self._threads.submit(_step_all, share, step) for share in others]
+                _step_all(mine, step)
+                wait(theirs)
 
 
 class _RecordedEpisode:
@@ -121,16 +139,24 @@ class _RecordedEpisode:
             raise RuntimeError("the recorded episode did not come out as it was")
         return time.perf_counter() - started
 
+    def start(self) -> None:
+        self._mujoco.mj_setState(self._model, self._data, self._start, self._whole)
+
+    def step(self, step: int) -> None:
+        data = self._data
+        data.mocap_pos[:], data.ctrl[:] = self._controls[step]
+        self._mujoco.mj_step(self._model, data, self._substeps)
+        self._mujoco.mj_forward(self._model, data)
+
     def play(self) -> None:
-        model, data, substeps = self._model, self._data, self._substeps
-        step, forward = self._mujoco.mj_step, self._mujoco.mj_forward
-        mocap, ctrl = data.mocap_pos, data.ctrl
-        self._mujoco.mj_setState(model, data, self._start, self._whole)
-        for position, gripper in self._controls:
-            mocap[:] = position
-            ctrl[:] = gripper
-            step(model, data, substeps)
-            forward(model, data)
+        self.start()
+        for step in range(len(self._controls)):
+            self.step(step)
+
+
+def _step_all(episodes: Sequence[_RecordedEpisode], step: int) -> None:
+    for episode in episodes:
+        episode.step(step)
 
 
 def empty_ours(tasks: str, seed: int, horizon: int, workers: int) -> Step:
@@ -167,6 +193,7 @@ OPTIONS: dict[str, Callable[[str, int, int], Any]] = {
     "ours, 2 workers": partial(Ours, workers=2),
     "physics, 1 thread": partial(Physics, threads=1),
     "physics, 2 threads": partial(Physics, threads=2),
+    "physics, 2 in step": partial(Physics, threads=2, in_step=True),
     "empty: gymnasium sync": partial(empty_gymnasium, kind="SyncVectorEnv"),
     "empty: gymnasium async": partial(empty_gymnasium, kind="AsyncVectorEnv"),
     "empty: ours, 0 workers": partial(empty_ours, workers=0),

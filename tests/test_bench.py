@@ -86,9 +86,10 @@ def test_an_option_that_fails_is_named_with_its_last_words():
     option.close()
 
 
-def test_the_limit_is_the_physics_of_the_episode_and_nothing_else():
+@pytest.mark.parametrize("in_step", [False, True])
+def test_the_limit_is_the_physics_of_the_episode_and_nothing_else(in_step):
     """Played again, the recorded controls lead where Meta-World's own steps led: it raises otherwise."""
-    physics = Physics("MT10", seed=1, horizon=3, threads=2)
+    physics = Physics("MT10", seed=1, horizon=3, threads=2, in_step=in_step)
     ends = [episode._data.qpos.copy() for episode in physics._episodes]
     physics.run(2)
     for episode, end in zip(physics._episodes, ends, strict=True):

@@ -18,11 +18,6 @@ if TYPE_CHECKING:
     from mtrl_imgrad.envs.rendering import TaskRenderer
 
 
-HISTORY_DEPENDENT = {("disassemble-v3", "v1")}
-"""Tasks and rewards for which a restored start was found not to be that of a reset: this v1 reward reads the height of
-the object before the reset has put it in its place."""
-
-
 @dataclass(frozen=True)
 class RowSettings:
     """How rows are made and stepped; `MetaworldVectorEnv` explains each of them."""
@@ -87,7 +82,7 @@ class MetaworldRows:
 
     def fast_task(self, task: str, goals: Goals, settings: RowSettings) -> FastTask | None:
         """What the fast rows of a task share; None where it is to be stepped by the plain path."""
-        if not settings.fast or (task, settings.reward) in HISTORY_DEPENDENT:
+        if not settings.fast:
             return None
         from mtrl_imgrad.envs.fast_env import FastTask
         from mtrl_imgrad.envs.self_check import difference

@@ -21,7 +21,7 @@ to reset: every reset that is simulated runs Meta-World's code and nothing else.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from types import FunctionType
@@ -41,16 +41,36 @@ if TYPE_CHECKING:
 _STATE = int(mujoco.mjtState.mjSTATE_INTEGRATION)
 
 
+class Named:
+    """One body, geom, site or joint of `mjData`, whose arrays are looked up once: their memory does not move."""
+
+    def __init__(self, entry: Any) -> None:
+        vars(self)["entry"] = entry
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.entry, name)
+        if isinstance(value, np.ndarray):
+            vars(self)[name] = value
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.entry, name, value)
+
+
 class NamedViews:
     """`mjData` whose `body(name)`, `geom(name)`, `site(name)` and `joint(name)` are looked up once."""
 
     def __init__(self, data: mujoco.MjData) -> None:
         self._data = data
         for kind in ("body", "geom", "site", "joint"):
-            setattr(self, kind, cache(getattr(data, kind)))
+            setattr(self, kind, _looked_up_once(getattr(data, kind)))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._data, name)
+
+
+def _looked_up_once(find: Callable[[str], Any]) -> Callable[[str], Named]:
+    return cache(lambda name: Named(find(name)))
 
 
 class FastStepping:
@@ -63,8 +83,8 @@ class FastStepping:
         data: mujoco.MjData = self.data
         self.simulation = data
         self.views = NamedViews(data)
-        self.points = tuple(data.body(name).xpos for name in ("hand", "rightclaw", "leftclaw"))
-        self.tips = tuple(data.site(name).xpos for name in ("rightEndEffector", "leftEndEffector"))
+        bodies = [data.body(name).xpos for name in ("hand", "rightclaw", "leftclaw")]
+        self.points = (*bodies, *(data.site(name).xpos for name in ("rightEndEffector", "leftEndEffector")))
         self.pads = tuple(data.geom(name).id for name in ("leftpad_geom", "rightpad_geom"))
         self.tcp_center = None
 
@@ -183,6 +203,10 @@ class FastTask:
         self._model: mujoco.MjModel | None = None
         self._starts: dict[int, EpisodeStart] = {}
         self.on_model: EpisodeStart | None = None
+
+    @property
+    def num_goals(self) -> int:
+        return len(self._goals)
 
     def make(self, reward: RewardVersion) -> Any:
         """A fast env. The first one compiles the model, further ones have only their own `mjData`."""

@@ -56,6 +56,9 @@ class FastRows:
         self._low, self._high = np.stack([space.low for space in spaces]), np.stack([space.high for space in spaces])
         self._mocap = np.zeros((count, 3))
         self._frames = np.zeros((count, 18))
+        # Hand, claws and tips of all rows, one after another, and where they are copied to before an observation.
+        self._points = [point for env in envs for point in env.points]
+        self._gathered = np.empty((count, 5, 3))
         self._simulations = [(env.model, env.simulation, env.frame_skip) for env in envs]
         self._inputs = [(env.simulation.mocap_pos[0], env.simulation.ctrl) for env in envs]
 
@@ -84,54 +87,62 @@ class FastRows:
         shifts = np.clip(actions[:, :3], -1, 1) * self._scale
         controls = np.stack((actions[:, 3], -actions[:, 3]), axis=1).astype(np.float64)
         observations = self._frames
-        totals, successes = np.zeros(len(actions)), np.zeros(len(actions), np.bool_)
+        totals, successes = [0.0] * len(actions), [False] * len(actions)
         for _ in range(min(self._action_repeat, self._horizon - self._length)):
             self._advance(shifts, controls)
             observations = self._observe()
             for row, (env, observation, action) in enumerate(zip(self._envs, observations, actions, strict=True)):
+                self._place(row)  # some rewards read the model
                 reward, info = env.evaluate_state(observation, action)
-                totals[row] += reward
-                successes[row] |= info["success"] == 1.0
+                totals[row] += float(reward)  # some are float32
+                successes[row] = successes[row] or info["success"] == 1.0
             self._length += 1
             self._tick()
-        return observations, totals, successes
+        return observations, np.array(totals), np.array(successes, np.bool_)
 
     def _advance(self, shifts: Float32[np.ndarray, "rows 3"], controls: Float64[np.ndarray, "rows 2"]) -> None:
         """`set_xyz_action` and `do_simulation` up to where `SawyerXYZEnv.step` observes."""
         mocap = self._mocap
         mocap += shifts
         mocap.clip(self._mocap_low, self._mocap_high, out=mocap)
-        for task, start, simulation, inputs, position, control in zip(
-            self._tasks, self._starts, self._simulations, self._inputs, mocap, controls, strict=True
+        for row, (simulation, inputs, position, control) in enumerate(
+            zip(self._simulations, self._inputs, mocap, controls, strict=True)
         ):
-            if task.on_model is not start:
-                task.place(start)
+            self._place(row)
             inputs[0][:], inputs[1][:] = position, control
             mujoco.mj_step(*simulation)
             mujoco.mj_forward(simulation[0], simulation[1])
 
     def _observe(self) -> Float64[np.ndarray, "rows 39"]:
         """`_get_obs` and the clipping in `SawyerXYZEnv.step`."""
+        np.concatenate(self._points, out=self._gathered.reshape(-1))
+        hands, right_claws, left_claws, right_tips, left_tips = self._gathered.swapaxes(0, 1)
         observations = np.empty((len(self._envs), 39))
-        for env, observation in zip(self._envs, observations, strict=True):
-            hand, right_claw, left_claw = env.points
-            right_tip, left_tip = env.tips
-            env.tcp_center = (right_tip + left_tip) / 2.0
-            observation[:3] = hand
-            apart = right_claw - left_claw
-            observation[3] = min(max(math.sqrt(apart.dot(apart)) / 0.1, 0.0), 1.0)
+        observations[:, :3] = hands
+        # The dot product of one row at a time, as in `np.linalg.norm`: a sum over all rows may round otherwise.
+        widths = [math.sqrt(apart.dot(apart)) for apart in right_claws - left_claws]
+        observations[:, 3] = (np.array(widths) / 0.1).clip(0.0, 1.0)
+        tcp_centers = (right_tips + left_tips) / 2.0
+        for row, (env, observation) in enumerate(zip(self._envs, observations, strict=True)):
+            self._place(row)
+            env.tcp_center = tcp_centers[row]
             env.objects(observation[4:18])
             observation[36:] = env._get_pos_goal()
         observations[:, 18:36] = self._frames
         self._frames = observations[:, :18].copy()
         return observations.clip(self._low, self._high, out=observations)
 
+    def _place(self, row: int) -> None:
+        """Have the model that the rows of a task share as the goal of this row wants it."""
+        task, start = self._tasks[row], self._starts[row]
+        if start and task.on_model is not start:
+            task.place(start)
+
     def simulator_of(self, index: int) -> Callable[[], tuple[mujoco.MjModel, mujoco.MjData]]:
         """Gives a row's model and data as they are now, for drawing them."""
 
         def simulator() -> tuple[mujoco.MjModel, mujoco.MjData]:
-            if start := self._starts[index]:
-                self._tasks[index].place(start)
+            self._place(index)
             return self._envs[index].model, self._envs[index].simulation
 
         return simulator

@@ -48,11 +48,13 @@ def _compare(shared: FastTask, task: str, reward: RewardVersion) -> str | None:
     env.close()
     if any(getattr(again, name).tobytes() != getattr(start, name).tobytes() for name in ("state", "observation")):
         return "a reset's outcome depends on the episode before"
-    rows = FastRows([shared], reward, STEPS, 1)
+    # Beside a row with another goal: the two share a model, which has to be as each one's goal wants it.
+    rows = FastRows([shared, shared], reward, STEPS, 1)
     rows.reset(0, 0)
+    rows.reset(1, shared.num_goals - 1)
     differing = None
     for step, action in enumerate(actions):
-        observations, rewards, successes = rows.step(action[None])
+        observations, rewards, successes = rows.step(np.stack((action, -action)))
         if differing is None and _bits(observations[0], rewards[0], successes[0]) != expected[step]:
             differing = f"step {step} of the start-up check differs"
     rows.close()

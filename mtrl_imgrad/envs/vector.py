@@ -154,11 +154,10 @@ class MetaworldVectorEnv(VectorEnv):
         self._picture = (camera, width, height)
         self._horizon, self._action_repeat = horizon, action_repeat
         self._started = self._stepping = False
-        self._ending = np.zeros(self.num_envs, np.bool_)
         self._goal = np.zeros(self.num_envs, np.int64)
         self._success = np.zeros(self.num_envs, np.bool_)
         self._episode_return = np.zeros(self.num_envs, np.float64)
-        self._episode_length = np.zeros(self.num_envs, np.int64)
+        self._length = 0  # of the episodes of all rows, in simulator steps: they begin and end together
         self._pool = share._pool if share else _make_pool(self.task_names, workers, maker)
         settings = RowSettings(horizon, reward, action_repeat, fast, self_check)
         specs = chunk_specs(self._pool.dealt, self.task_names, goals, envs_per_task, settings)
@@ -194,7 +193,7 @@ class MetaworldVectorEnv(VectorEnv):
         super().reset(seed=seed)
         if seed is not None:
             self._schedule.reseed(seed)
-        return self._start_all([self._schedule.next_goal(row) for row in range(self.num_envs)])
+        return self._start_all(self._next_goals())
 
     def step_async(self, actions: Float32[np.ndarray, "rows 4"]) -> None:
         """Hand over one action per row; `step_wait` returns what they lead to.
@@ -212,12 +211,9 @@ class MetaworldVectorEnv(VectorEnv):
         if actions.shape != (self.num_envs, 4):
             raise ValueError(f"actions: shape {actions.shape} is not {(self.num_envs, 4)}")
         self._block.actions[:] = actions
-        # The horizon alone ends episodes, so it is known now which rows will need another goal.
-        self._episode_length += np.minimum(self._action_repeat, self._horizon - self._episode_length)
-        self._ending = self._episode_length == self._horizon
-        self._block.next_goals.fill(-1)
-        for row in np.flatnonzero(self._ending).tolist():
-            self._block.next_goals[row] = self._schedule.next_goal(row)
+        self._length = min(self._length + self._action_repeat, self._horizon)
+        # The horizon alone ends episodes, so it is known now whether the rows will need other goals.
+        self._block.next_goals[:] = self._next_goals() if self._length == self._horizon else -1
         self._stepping = True
         self._section.start(messages.STEP)
 
@@ -232,22 +228,20 @@ class MetaworldVectorEnv(VectorEnv):
             raise RuntimeError("no step is under way: call step_async first")
         self._section.wait()
         self._stepping = False
-        final_obs, rewards, truncated = self._block.observations.copy(), self._block.rewards.copy(), self._ending
+        ended = self._length == self._horizon
+        final_obs, rewards = self._block.observations.copy(), self._block.rewards.copy()
         self._success |= self._block.successes
         self._episode_return += rewards
         infos = {
             "final_obs": final_obs,
-            "_final_obs": truncated.copy(),
+            "_final_obs": np.full(self.num_envs, ended),
             "success": self._success.copy(),
             "goal": self._goal.copy(),
             "episode_return": self._episode_return.copy(),
-            "episode_length": self._episode_length.copy(),
+            "episode_length": np.full(self.num_envs, self._length),
         }
-        observations = final_obs.copy()
-        if truncated.any():
-            observations[truncated] = self._block.first_observations[truncated]
-            self._begin_episodes(truncated)
-        return observations, rewards, np.zeros(self.num_envs, np.bool_), truncated, infos
+        observations = self._begin_episodes() if ended else final_obs.copy()
+        return observations, rewards, np.zeros(self.num_envs, np.bool_), np.full(self.num_envs, ended), infos
 
     def step(self, actions: Float32[np.ndarray, "rows 4"]) -> StepResult:
         """`step_async` and `step_wait` in one call."""
@@ -257,7 +251,7 @@ class MetaworldVectorEnv(VectorEnv):
     @property
     def at_episode_start(self) -> bool:
         """Whether every row was reset and none stepped since: the only moment at which `state_dict` is valid."""
-        return self._started and not self._stepping and not self._episode_length.any()
+        return self._started and not self._stepping and self._length == 0
 
     def state_dict(self) -> dict[str, Any]:
         """All that the episodes to come depend on, as integers, lists and strings, which JSON keeps exactly.
@@ -321,14 +315,18 @@ class MetaworldVectorEnv(VectorEnv):
         self._block.next_goals[:] = goals
         self._section.start(messages.RESET)
         self._section.wait()
-        self._begin_episodes(np.ones(self.num_envs, np.bool_))
-        return self._block.first_observations.copy(), {"goal": self._goal.copy()}
+        return self._begin_episodes(), {"goal": self._goal.copy()}
 
-    def _begin_episodes(self, rows: Bool[np.ndarray, " rows"]) -> None:
-        self._goal[rows] = self._block.next_goals[rows]
-        self._success[rows] = False
-        self._episode_return[rows] = 0.0
-        self._episode_length[rows] = 0
+    def _next_goals(self) -> list[int]:
+        return [self._schedule.next_goal(row) for row in range(self.num_envs)]
+
+    def _begin_episodes(self) -> Observations:
+        """The first observations of the episodes to which the rows were reset."""
+        self._goal[:] = self._block.next_goals
+        self._success.fill(False)
+        self._episode_return.fill(0.0)
+        self._length = 0
+        return self._block.first_observations.copy()
 
     def _raise_if_closed(self) -> None:
         if self.closed:

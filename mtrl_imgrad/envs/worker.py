@@ -6,6 +6,8 @@ imported again: no `__main__`, no torch.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import gc
 import os
 import pickle
@@ -61,6 +63,7 @@ def serve(channel: Channel, parent: int) -> None:
                 # What was made stays: the garbage collector need not look at it again.
                 gc.collect()
                 gc.freeze()
+                _return_freed_memory()
         except EOFError:
             raise
         except Exception as error:
@@ -68,6 +71,12 @@ def serve(channel: Channel, parent: int) -> None:
             channel.send(messages.FAILED, section, pickle.dumps(told))
         else:
             channel.send(messages.DONE, section, b"" if answer is None else pickle.dumps(answer))
+
+
+def _return_freed_memory() -> None:
+    """Give the kernel back what compiling models took for a while, which glibc would keep."""
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _picture(chunk: Chunk, row: int, camera: str, width: int, height: int) -> Any:
