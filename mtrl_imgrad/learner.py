@@ -7,7 +7,6 @@ step. An update with a non-finite loss or gradient changes nothing but the count
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mtrl_imgrad import losses as sac
-from mtrl_imgrad.aggregators import Aggregation, Aggregator
+from mtrl_imgrad.aggregators import Aggregation, Aggregator, Mean
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.diagnostics import gradient_statistics
 from mtrl_imgrad.networks import Actor, Layout, ObservationInput, Tape, TwinCritic
@@ -105,8 +104,8 @@ class Learner:
             config.network, tasks, self.inputs.size, action_size, self.critic_loss.outputs, product_dtype
         )
         self.actor = Actor(config.network, tasks, self.critic.encoding_size, action_size, product_dtype)
-        self.critic_aggregator: Aggregator = copy.deepcopy(config.aggregator)
-        self.actor_aggregator: Aggregator = copy.deepcopy(config.aggregator)
+        rule = config.aggregator
+        self.rules: dict[str, Aggregator] = {"critic": rule, "actor": Mean() if rule.critic_only else rule}
         self.aggregation_seconds = 0.0
 
         critic = self.critic.layout.initial(generator).to(device)
@@ -118,6 +117,10 @@ class Learner:
         }
         for name, vector in (("critic", critic), ("actor", actor), ("log_alpha", log_alpha)):
             self.state |= {name: vector, f"{name}/m": torch.zeros_like(vector), f"{name}/v": torch.zeros_like(vector)}
+        for name, network in (("critic", self.critic), ("actor", self.actor)):
+            parameters = network.layout.shared_size if self.rules[name].needs == "jacobian" else 0
+            remembered = self.rules[name].initial_state((tasks,), parameters)
+            self.state |= {f"{name}/rule/{key}": value.to(device) for key, value in remembered.items()}
         self.statistics = self.inputs.initial_statistics(observation_size, device)
         self.non_finite = torch.zeros(3, tasks, dtype=torch.int64, device=device)
         # One temperature for all tasks is K temperatures that start equal and move by the mean gradient.
@@ -143,8 +146,8 @@ class Learner:
         shape = (2, self.tasks, self.config.sac.batch_per_task, self.action_size)
         return Noise(
             torch.randn(shape, generator=policy, device=self.device),
-            self.critic_aggregator.draw_noise(self.tasks, aggregation),
-            self.actor_aggregator.draw_noise(self.tasks, aggregation),
+            self.rules["critic"].draw_noise(self.tasks, aggregation, self.critic.layout.shared_size),
+            self.rules["actor"].draw_noise(self.tasks, aggregation, self.actor.layout.shared_size),
         )
 
     def update(self, batch: Batch, noise: Noise) -> Metrics:
@@ -187,6 +190,12 @@ class Learner:
         critic_losses = self.critic_loss.losses(outputs, targets)
         critic_step = self._step("critic", critic_losses, critic_tape, self.critic.layout, noise.critic, step)
         new |= critic_step.new
+        if self.rules["critic"].sees_new_losses:
+            with torch.no_grad():
+                encoding_now = self.critic.encode(new["critic"], inputs)
+                new_losses = self.critic_loss.losses(self.critic(new["critic"], encoding_now, batch.actions), targets)
+            seen = self.rules["critic"].after_step(self._remembered("critic", new), critic_losses.detach(), new_losses)
+            new |= {f"critic/rule/{key}": value for key, value in seen.items()}
 
         values = self.critic_loss.values(self.critic(new["critic"], self.critic.encode(new["critic"], inputs), actions))
         actor_losses = sac.actor_losses(alpha, log_prob, values)
@@ -226,17 +235,28 @@ class Learner:
         gradients: TaskGradients = task_gradients(task_losses, tape, layout)
         gramian = gradients.gramian()
         started = time.perf_counter()
-        rule = self.critic_aggregator if name == "critic" else self.actor_aggregator
-        aggregation: Aggregation = rule(gramian, noise)
+        rule = self.rules[name]
+        jacobian = gradients.dense() if rule.needs == "jacobian" else None
+        aggregation: Aggregation = rule.aggregate(gramian, noise, task_losses, jacobian, self._remembered(name))
         self.aggregation_seconds += time.perf_counter() - started
-        direction = gradients.combine(aggregation.weights)
+        if aggregation.direction is None:
+            direction = gradients.combine(aggregation.weights, aggregation.own_weights)
+        else:
+            direction = torch.cat([aggregation.direction, gradients.own_direction(aggregation.own_weights)])
         norm = direction.norm()
-        direction = direction * (settings.max_grad_norm / norm).clamp(max=1.0) if settings.max_grad_norm else direction
-        bad = ~torch.isfinite(task_losses.detach() + gramian.diagonal())
+        if settings.max_grad_norm and not rule.preconditioned:
+            direction = direction * (settings.max_grad_norm / norm).clamp(max=1.0)
         lr = settings.critic_lr if name == "critic" else settings.actor_lr
+        new = adamw(self.state, name, direction, step, lr, settings.adam_eps, settings.weight_decay)
+        if rule.preconditioned:
+            old, shared = self.state[name], layout.shared_size
+            stepped = old * (1 - lr * settings.weight_decay) - lr * direction
+            new[name] = torch.cat([stepped[:shared], new[name][shared:]])
+        bad = ~torch.isfinite(task_losses.detach() + gramian.diagonal())
+        bad = bad | (~torch.isfinite(aggregation.weights) & ~bad.any())  # a loss that the rule cannot take
         scalars = gradient_statistics(gramian) | aggregation.diagnostics | {"direction_norm": norm}
         return _Step(
-            new=adamw(self.state, name, direction, step, lr, settings.adam_eps, settings.weight_decay),
+            new=new | {f"{name}/rule/{key}": value for key, value in aggregation.state.items()},
             finite=torch.isfinite(norm),
             bad=bad | ~(torch.isfinite(norm) | bad.any()),  # an overflow that no task's row shows counts for all
             per_task={
@@ -245,6 +265,11 @@ class Learner:
             },
             scalars={f"gradients/{name}/{tag}": value for tag, value in scalars.items()},
         )
+
+    def _remembered(self, name: str, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """What the rule of the critics or of the actor left in a state, by default in the present one."""
+        prefix, state = f"{name}/rule/", self.state if state is None else state
+        return {key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)}
 
     def _accept(self, new: dict[str, Tensor], bad: Bool[Tensor, "losses tasks"], finite: Bool[Tensor, ""]) -> None:
         """Take the new state if everything is finite, else keep the old one and count whose fault it was; decided on

@@ -23,29 +23,38 @@ class TaskGradients:
 
     Attributes:
         shared: blocks `[members, K, size]`, in the order of the layout's shared slots.
-        own: every task's own gradient, in the order of the vector's per-task part.
-        tasks: K.
+        own: blocks `[members, K, size]` in the order of the layout's other slots, task k's gradient of its own
+            parameters in row k.
     """
 
     shared: list[Float[Tensor, "members tasks size"]]
-    own: Float[Tensor, " own"]
-    tasks: int
+    own: list[Float[Tensor, "members tasks size"]]
 
     def gramian(self) -> Float64[Tensor, "tasks tasks"]:
         """M = J J^T. Block products in the gradients' dtype, summed in float64."""
         return torch.stack([(block @ block.mT).sum(0).double() for block in self.shared]).sum(0)
 
-    def combine(self, weights: Float[Tensor, " tasks"]) -> Float[Tensor, " parameters"]:
-        """The direction for the whole vector: `J^T weights` for the shared part, `g_i / K` for each task's own
-        parameters.
+    def combine(
+        self, weights: Float[Tensor, " tasks"], own_weights: Float[Tensor, " tasks"] | None = None
+    ) -> Float[Tensor, " parameters"]:
+        """The direction for the whole vector: `J^T weights` for the shared part, and each task's own gradient times
+        its entry of `own_weights`, by default 1/K.
 
         With weights 1/K it is exactly the gradient of the mean loss.
         """
         shared = [torch.matmul(weights.to(block.dtype), block).flatten() for block in self.shared]
-        return torch.cat([*shared, self.own / self.tasks])
+        return torch.cat([*shared, self.own_direction(own_weights)])
+
+    def own_direction(self, own_weights: Float[Tensor, " tasks"] | None = None) -> Float[Tensor, " own"]:
+        """The part of `combine` that belongs to single tasks."""
+        if own_weights is None:
+            parts = [block.flatten() / block.shape[1] for block in self.own]
+        else:
+            parts = [(block * own_weights.to(block.dtype)[:, None]).flatten() for block in self.own]
+        return torch.cat(parts) if parts else self.shared[0].new_zeros(0)
 
     def dense(self) -> Float[Tensor, "tasks shared"]:
-        """J as one matrix."""
+        """J as one matrix, its columns in the order of the vector's shared part."""
         return torch.cat([block.transpose(0, 1).flatten(1) for block in self.shared], dim=1)
 
 
@@ -61,10 +70,9 @@ def task_gradients(losses: Float[Tensor, " tasks"], tape: Tape, layout: Layout) 
     by_name: dict[str, Tensor] = {}
     for use, gradient in zip(tape.uses, output_gradients, strict=True):
         by_name |= _parameter_gradients(use, gradient)
-    tasks = losses.shape[0]
     shared = [by_name[slot.name].flatten(2) for slot in layout.slots if slot.shared]
-    own = [by_name[slot.name].flatten() for slot in layout.slots if not slot.shared]
-    return TaskGradients(shared, torch.cat(own) if own else losses.new_zeros(0), tasks)
+    own = [by_name[slot.name].flatten(2) for slot in layout.slots if not slot.shared]
+    return TaskGradients(shared, own)
 
 
 def _parameter_gradients(use: Use, gradient: Float[Tensor, "members tasks rows outputs"]) -> dict[str, Tensor]:

@@ -39,9 +39,9 @@ class InverseNorm(Aggregator):
     power: float = 1.0
     '''Exponent of the norm.'''
 
-    def solve(self, gramian, active, noise):
-        norms = gramian.diagonal(dim1=-2, dim2=-1).sqrt()
-        weights = torch.where(active, norms, 1.0).pow(-self.power) * active
+    def solve(self, given):
+        norms = given.gramian.diagonal(dim1=-2, dim2=-1).sqrt()
+        weights = torch.where(given.active, norms, 1.0).pow(-self.power) * given.active
         return Aggregation(weights / weights.sum(-1, keepdim=True))
 
 

@@ -89,7 +89,7 @@ class Half(Aggregator):
 
     factor: float = 0.5
 
-    def solve(self, gramian, active, noise):
+    def solve(self, given):
         raise NotImplementedError
 
 

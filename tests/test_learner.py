@@ -163,9 +163,8 @@ def test_every_rule_trains_the_critics_to_fit_a_fixed_batch(rule, kind):
     assert (metrics.per_task["train/critic_loss"] < 0.5 * first).all()
 
 
-def test_critics_and_actor_have_aggregators_and_noise_of_their_own():
+def test_critics_and_actor_have_noise_of_their_own():
     learner = small_learner(rule=PCGrad())
-    assert learner.critic_aggregator is not learner.actor_aggregator
     noise = draw_noise(learner)
     assert noise.critic.shape == noise.actor.shape == (TASKS, TASKS)
     assert not noise.critic.equal(noise.actor)
@@ -173,7 +172,7 @@ def test_critics_and_actor_have_aggregators_and_noise_of_their_own():
 
 def test_each_aggregator_weighs_its_own_network():
     learner = small_learner()
-    learner.actor_aggregator = CAGrad(c=0.9)
+    learner.rules["actor"] = CAGrad(c=0.9)
     weights = {name: update(learner).per_task[f"gradients/{name}/weight"] for name in ("critic", "actor")}
     torch.testing.assert_close(weights["critic"], torch.full((TASKS,), 1 / TASKS, dtype=torch.float64))
     assert weights["actor"].std() > 1e-3

@@ -94,9 +94,12 @@ def _compare(problem: Problem, which: str, tolerance: float) -> None:
     _assert_close(gradients.dense(), J, tolerance)
     # Every entry of a task's own parameters belongs to one task only, so the sum over tasks gathers them all.
     assert (own != 0).sum(0).le(1).all()
-    assert gradients.own.shape == own.shape[1:]
+    ones = own.new_ones(problem.tasks)
+    assert gradients.own_direction(ones).shape == own.shape[1:]
     if own.numel():
-        _assert_close(gradients.own, own.sum(0), tolerance)
+        _assert_close(gradients.own_direction(ones), own.sum(0), tolerance)
+        weights = torch.linspace(-1.0, 2.0, problem.tasks, dtype=torch.float64)
+        _assert_close(gradients.own_direction(weights), weights.to(own.dtype) @ own, tolerance)
     _assert_close(gradients.gramian(), J.double() @ J.double().T, 10 * tolerance)
     assert gradients.gramian().dtype == torch.float64
 
@@ -174,4 +177,4 @@ def test_cost_is_that_of_one_backward_pass_for_any_number_of_tasks(which):
 
 def test_gradients_hold_no_graph():
     gradients = _taped(Problem(NetworkConfig(kind="multi_head", width=9, depth=2), torch.float32), "critic")
-    assert not any(x.requires_grad for x in [*gradients.shared, gradients.own, gradients.gramian()])
+    assert not any(x.requires_grad for x in [*gradients.shared, *gradients.own, gradients.gramian()])

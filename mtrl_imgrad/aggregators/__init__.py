@@ -8,7 +8,7 @@ import sys
 from dataclasses import is_dataclass
 from pathlib import Path
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given
 from mtrl_imgrad.aggregators.cagrad import CAGrad
 from mtrl_imgrad.aggregators.conicgrad import ConicGrad
 from mtrl_imgrad.aggregators.imgrad import IMGrad
@@ -17,7 +17,8 @@ from mtrl_imgrad.aggregators.mgda import MGDA
 from mtrl_imgrad.aggregators.pcgrad import PCGrad
 
 __all__ = [
-    "AGGREGATORS", "MGDA", "Aggregation", "Aggregator", "CAGrad", "ConicGrad", "IMGrad", "Mean", "PCGrad", "resolve",
+    "AGGREGATORS", "MGDA", "Aggregation", "Aggregator", "CAGrad", "ConicGrad", "Given", "IMGrad", "Mean", "PCGrad",
+    "resolve",
 ]  # fmt: skip
 
 AGGREGATORS: dict[str, type[Aggregator]] = {

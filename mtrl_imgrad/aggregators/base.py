@@ -9,16 +9,18 @@ To write a rule, subclass `Aggregator` as a dataclass and implement `solve`:
         power: float = 1.0
         \"\"\"Exponent of the norm.\"\"\"
 
-        def solve(self, gramian, active, noise):
-            norms = gramian.diagonal(dim1=-2, dim2=-1).sqrt()
-            weights = torch.where(active, norms, 1.0).pow(-self.power) * active
+        def solve(self, given):
+            norms = given.gramian.diagonal(dim1=-2, dim2=-1).sqrt()
+            weights = torch.where(given.active, norms, 1.0).pow(-self.power) * given.active
             return Aggregation(weights / weights.sum(-1, keepdim=True))
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import ClassVar, Literal, TypeAlias
 
 import torch
 from jaxtyping import Bool, Float
@@ -27,73 +29,159 @@ from torch import Tensor
 # A task whose gradient norm is below this fraction of the root mean square norm counts as having no gradient.
 ZERO_NORM = 1e-12
 
+State: TypeAlias = dict[str, Tensor]
+"""What a rule remembers between calls, by name."""
+Needs: TypeAlias = Literal["gramian", "jacobian", "losses"]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What a rule is given, all on one device."""
+
+    gramian: Float[Tensor, "*batch tasks tasks"]
+    """M = J J^T, float64, finite, symmetric, divided by its mean diagonal; rows and columns of inactive tasks are
+    exactly 0."""
+
+    active: Bool[Tensor, "*batch tasks"]
+    """Tasks with a gradient, at least one per Gramian; inactive tasks get weight 0 whatever is returned."""
+
+    scale: Float[Tensor, "*batch"]
+    """The mean diagonal that M was divided by, for rules whose weights depend on the gradients' scale."""
+
+    noise: Tensor | None = None
+    """What `draw_noise` returned."""
+
+    losses: Float[Tensor, "*batch tasks"] | None = None
+    """The tasks' losses, float64; for rules with `needs = "losses"`, and for those that ask for J and losses."""
+
+    jacobian: Float[Tensor, "tasks parameters"] | None = None
+    """J itself, in the gradients' dtype and scale; for rules with `needs = "jacobian"`. Never batched."""
+
+    state: State = field(default_factory=dict)
+    """What the last call left in `Aggregation.state`, or `initial_state`."""
+
 
 @dataclass(frozen=True)
 class Aggregation:
-    """What a rule returns: row weights of the final direction d = J^T weights, and scalars worth logging."""
+    """What a rule returns."""
 
     weights: Float[Tensor, "*batch tasks"]
-    """float64; the 1/K part, the radius c and any rescaling are included."""
+    """float64 row weights of the direction d = J^T weights; the 1/K part, radii and rescaling are included. For rules
+    that return `direction`, weights worth logging."""
 
     diagnostics: dict[str, Float[Tensor, "*batch"]] = field(default_factory=dict)
-    """Scalars of this call, each of shape [*batch]."""
+    """Scalars of this call worth logging, each of shape [*batch]."""
+
+    state: State = field(default_factory=dict)
+    """What the next call is to see, under the names of `initial_state`; new tensors."""
+
+    own_weights: Float[Tensor, "*batch tasks"] | None = None
+    """Weights of the tasks' own parameters' gradients; None means 1/K, the gradient of the mean loss. Rules that weigh
+    losses return `weights` here too."""
+
+    direction: Float[Tensor, " parameters"] | None = None
+    """The direction itself, where it is no combination of J's rows; in J's dtype."""
 
 
 class Aggregator(ABC):
-    """A rule that turns the Gramian M = J J^T of the per-task gradients into row weights.
+    """A rule that turns the per-task gradients g_i, the rows of J, into one direction.
 
     Subclasses are dataclasses whose fields are the hyper-parameters (float, int, bool, str or Literal), because the
-    command line is built from them. All rules here are stateless and give a direction of degree 1 in the gradients
-    (weights of degree 0), on the mean scale: K identical gradients g give g times a constant the rule names.
+    command line is built from them. Directions are on the mean scale unless a rule says otherwise: K identical
+    gradients g give g times a constant the rule names.
+
+    Training uses the pure `aggregate`, and keeps the rule's state itself. Called as a function, an object keeps its own
+    state, see `state_dict`.
     """
 
+    needs: ClassVar[Needs] = "gramian"
+    """What a call must be given besides the Gramian."""
+
+    paper: ClassVar[str] = ""
+    """The source, as `mtrl-imgrad list aggregators` shows it."""
+
+    critic_only: ClassVar[bool] = False
+    """Whether training applies the rule to the critics alone, and the mean to the actor: rules that take a loss for a
+    distance from zero, which an actor's loss is not."""
+
+    sees_new_losses: ClassVar[bool] = False
+    """Whether `after_step` wants the losses on the same batch after the step."""
+
+    preconditioned: ClassVar[bool] = False
+    """Whether the direction is a step as Adam would take it, to be multiplied by the learning rate alone."""
+
     @abstractmethod
-    def solve(
-        self, gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tensor, "*batch tasks"], noise: Tensor | None
-    ) -> Aggregation:
-        """The rule itself. It must not copy device tensors to the host.
+    def solve(self, given: Given) -> Aggregation:
+        """The rule itself. It must not copy device tensors to the host."""
+
+    def initial_state(self, shape: tuple[int, ...], parameters: int) -> State:
+        """What a rule remembers before its first call, on the CPU.
 
         Args:
-            gramian: float64, finite, symmetric, mean diagonal 1; rows and columns of inactive tasks are exactly 0.
-            active: tasks with a gradient, at least one per Gramian; inactive tasks get weight 0 whatever is returned.
-            noise: what `draw_noise` returned, on the Gramian's device.
+            shape: `[*batch, tasks]`.
+            parameters: columns of J, 0 where the rule is called without it.
         """
+        return {}
 
-    def draw_noise(self, num_tasks: int, generator: torch.Generator | None = None) -> Tensor | None:
+    def draw_noise(
+        self, num_tasks: int, generator: torch.Generator | None = None, parameters: int = 0
+    ) -> Tensor | None:
         """The random numbers of one call, or None. Training draws them before the update and hands them in."""
         return None
 
+    def after_step(self, state: State, losses: Tensor, new_losses: Tensor) -> State:
+        """The state after the step, given the losses before and after it on the same batch; see `sees_new_losses`."""
+        return state
+
     @torch.no_grad()
-    def __call__(self, gramian: Float[Tensor, "*batch tasks tasks"], noise: Tensor | None = None) -> Aggregation:
-        """Weights for one Gramian or a batch of them.
+    def aggregate(
+        self,
+        gramian: Float[Tensor, "*batch tasks tasks"],
+        noise: Tensor | None = None,
+        losses: Float[Tensor, "*batch tasks"] | None = None,
+        jacobian: Float[Tensor, "tasks parameters"] | None = None,
+        state: Mapping[str, Tensor] | None = None,
+    ) -> Aggregation:
+        """Weights for one Gramian or a batch of them; a pure function, which raises for wrong shapes alone.
 
         The Gramian is copied to float64, symmetrised and divided by its mean diagonal, so no tolerance depends on the
         scale of the gradients. Tasks without gradient get weight 0; an all-zero Gramian gives weights 0; a Gramian
-        with a NaN or infinity gives weights and diagnostics NaN for that batch element, without raising or hanging.
+        with a NaN or infinity gives weights and diagnostics NaN for that batch element.
 
         Args:
             gramian: any real dtype, any device with float64.
-            noise: from `draw_noise`; a random rule called without it draws from torch's default generator, which is
-                for interactive use (training passes it, so that eager and compiled updates see the same numbers).
+            noise: from `draw_noise`.
+            losses: the tasks' losses.
+            jacobian: J, where the rule needs it.
+            state: from the last call's `Aggregation.state`; None means `initial_state`.
 
         Raises:
-            ValueError: the last two dimensions are not equal and positive, or the dtype is complex.
+            ValueError: the last two dimensions are not equal and positive, the dtype is complex, or something that the
+                rule needs is missing.
         """
         if gramian.ndim < 2 or gramian.shape[-1] != gramian.shape[-2] or gramian.shape[-1] == 0:
             raise ValueError(f"gramian: got shape {tuple(gramian.shape)}, need [..., tasks, tasks] with tasks >= 1")
         if gramian.is_complex():
             raise ValueError(f"gramian: got dtype {gramian.dtype}, need a real dtype")
-        num_tasks = gramian.shape[-1]
-        if noise is None:
-            noise = self.draw_noise(num_tasks)
-            noise = None if noise is None else noise.to(gramian.device)
+        name, num_tasks = type(self).__name__, gramian.shape[-1]
+        if self.needs == "losses" and (losses is None or losses.shape != gramian.shape[:-1]):
+            shape = None if losses is None else tuple(losses.shape)
+            raise ValueError(f"losses: got {shape}, {name} needs one per task")
+        if self.needs == "jacobian" and (jacobian is None or jacobian.shape[:1] != gramian.shape[:-1]):
+            shape = None if jacobian is None else tuple(jacobian.shape)
+            raise ValueError(f"jacobian: got {shape}, {name} needs [tasks, parameters] and one Gramian")
+        if state is None:
+            parameters = 0 if jacobian is None else jacobian.shape[-1]
+            initial = self.initial_state(tuple(gramian.shape[:-1]), parameters)
+            state = {key: value.to(gramian.device) for key, value in initial.items()}
 
         matrix = gramian.detach().to(torch.float64)
         matrix = (matrix + matrix.mT) / 2
         finite = torch.isfinite(matrix).all(-1).all(-1)
         matrix = torch.where(finite[..., None, None], matrix, 0.0)
         scale = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-        matrix = matrix / torch.where(scale > 0, scale, 1.0)[..., None, None]
+        divisor = torch.where(scale > 0, scale, 1.0)
+        matrix = matrix / divisor[..., None, None]
         active = (matrix.diagonal(dim1=-2, dim2=-1) > ZERO_NORM**2) & (scale > 0)[..., None]
         # Where no task has a gradient the rule sees an identity matrix, so that it need not think of the case.
         usable = active.any(-1)
@@ -101,12 +189,74 @@ class Aggregator(ABC):
         matrix = torch.where(active[..., :, None] & active[..., None, :], matrix, 0.0)
         matrix = torch.where(usable[..., None, None], matrix, identity)
 
-        result = self.solve(matrix, active | ~usable[..., None], noise)
+        given = Given(
+            matrix,
+            active | ~usable[..., None],
+            divisor,
+            noise,
+            None if losses is None else losses.detach().to(torch.float64),
+            None if jacobian is None else jacobian.detach(),
+            dict(state),
+        )
+        result = self.solve(given)
 
         outside = torch.where(finite, 0.0, torch.nan).to(torch.float64)
-        weights = torch.where(active, result.weights, outside[..., None])
-        diagnostics = {name: torch.where(usable, value, outside) for name, value in result.diagnostics.items()}
-        return Aggregation(weights, diagnostics)
+        own = result.own_weights
+        return Aggregation(
+            weights=torch.where(active, result.weights, outside[..., None]),
+            diagnostics={key: torch.where(usable, value, outside) for key, value in result.diagnostics.items()},
+            state=dict(state) | result.state,
+            # A task without a gradient of the shared parameters may have one of its own.
+            own_weights=None if own is None else torch.where(finite[..., None], own, torch.nan),
+            direction=None if result.direction is None else torch.where(finite, result.direction, torch.nan),
+        )
+
+    def __call__(
+        self,
+        gramian: Float[Tensor, "*batch tasks tasks"],
+        noise: Tensor | None = None,
+        losses: Float[Tensor, "*batch tasks"] | None = None,
+        jacobian: Float[Tensor, "tasks parameters"] | None = None,
+    ) -> Aggregation:
+        """`aggregate` for interactive use: the object keeps the rule's state, random numbers that are not given come
+        from torch's default generator, and a loss that the rule cannot take is told.
+
+        Raises:
+            ValueError: see `aggregate`; or a loss is negative, for a rule with `critic_only`.
+        """
+        if noise is None:
+            noise = self.draw_noise(gramian.shape[-1], parameters=0 if jacobian is None else jacobian.shape[-1])
+            noise = None if noise is None else noise.to(gramian.device)
+        if self.critic_only and losses is not None and bool((losses < 0).any()):
+            worst = int(losses.reshape(-1, losses.shape[-1]).amin(0).argmin())
+            raise ValueError(
+                f"losses: {type(self).__name__} needs losses >= 0, that of task {worst} is {float(losses.min()):.6g}"
+            )
+        result = self.aggregate(gramian, noise, losses, jacobian, vars(self).get("_state"))
+        if result.state and all(bool(torch.isfinite(value).all()) for value in result.state.values()):
+            object.__setattr__(self, "_state", result.state)  # the object is frozen as to its hyper-parameters
+        return result
+
+    def state_dict(self) -> State:
+        """What calls of this object have left, as copies; empty before the first one and for rules without state."""
+        return {name: value.clone() for name, value in vars(self).get("_state", {}).items()}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Go on where the object went that `state_dict` was called on, bit for bit.
+
+        Raises:
+            ValueError: the names are not those of this rule's state.
+        """
+        expected = set(self.initial_state((1,), 1))
+        if state and set(state) != expected:
+            raise ValueError(f"state: got {sorted(state)}, {type(self).__name__} has {sorted(expected)}")
+        self.reset()
+        if state:
+            object.__setattr__(self, "_state", {name: value.clone() for name, value in state.items()})
+
+    def reset(self) -> None:
+        """Forget the state."""
+        vars(self).pop("_state", None)
 
 
 def check_choice(name: str, given: object, allowed: tuple[object, ...]) -> None:

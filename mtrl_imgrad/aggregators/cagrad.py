@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, check_choice, check_range
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, check_choice, check_range
 from mtrl_imgrad.aggregators.solvers import ROUTES, Route, minimise_on_simplex
 
 Rescale = Literal[0, 1, 2]
@@ -61,9 +61,8 @@ class CAGrad(Aggregator):
         check_choice("CAGrad.rescale", self.rescale, (0, 1, 2))
         check_choice("CAGrad.solver", self.solver, ROUTES)
 
-    def solve(
-        self, gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tensor, "*batch tasks"], noise: Tensor | None
-    ) -> Aggregation:
+    def solve(self, given: Given) -> Aggregation:
+        gramian, active = given.gramian, given.active
         products, mean_norm = mean_gradient(gramian)
         radius = self.c * mean_norm
         solution = minimise_on_simplex(gramian, products, radius, torch.zeros_like(radius), active, solver=self.solver)

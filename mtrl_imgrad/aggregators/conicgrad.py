@@ -10,10 +10,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, check_choice, check_range
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, check_choice, check_range
 from mtrl_imgrad.aggregators.cagrad import mean_gradient
 from mtrl_imgrad.aggregators.mgda import minimum_norm_point
 from mtrl_imgrad.aggregators.solvers import ROUTES, Route, minimise_on_simplex
@@ -58,9 +56,8 @@ class ConicGrad(Aggregator):
         check_choice("ConicGrad.on_infeasible", self.on_infeasible, INFEASIBLE)
         check_choice("ConicGrad.solver", self.solver, ROUTES)
 
-    def solve(
-        self, gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tensor, "*batch tasks"], noise: Tensor | None
-    ) -> Aggregation:
+    def solve(self, given: Given) -> Aggregation:
+        gramian, active = given.gramian, given.active
         num_tasks = gramian.shape[-1]
         sine = math.sqrt(1.0 - self.c**2)
         shortest, shortest_squared_norm, cosine = minimum_norm_point(gramian, active, self.solver)

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, check_choice, check_range
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, check_choice, check_range
 from mtrl_imgrad.aggregators.cagrad import Rescale, mean_gradient, rescale_factor
 from mtrl_imgrad.aggregators.mgda import minimum_norm_point
 from mtrl_imgrad.aggregators.solvers import ROUTES, Route, minimise_on_simplex
@@ -60,9 +58,8 @@ class IMGrad(Aggregator):
         check_choice("IMGrad.rescale", self.rescale, (0, 1, 2))
         check_choice("IMGrad.solver", self.solver, ROUTES)
 
-    def solve(
-        self, gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tensor, "*batch tasks"], noise: Tensor | None
-    ) -> Aggregation:
+    def solve(self, given: Given) -> Aggregation:
+        gramian, active = given.gramian, given.active
         shortest, _, cosine = minimum_norm_point(gramian, active, self.solver)
         products, mean_norm = mean_gradient(gramian)
         radius = self.c * mean_norm

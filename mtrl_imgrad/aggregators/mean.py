@@ -5,17 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given
 
 
 @dataclass(frozen=True)
 class Mean(Aggregator):
     """d = (1/K) sum_i g_i, the gradient of the mean loss. No hyper-parameters, no state, cost O(K)."""
 
-    def solve(
-        self, gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tensor, "*batch tasks"], noise: Tensor | None
-    ) -> Aggregation:
+    def solve(self, given: Given) -> Aggregation:
+        gramian = given.gramian
         return Aggregation(torch.full_like(gramian[..., 0], 1.0 / gramian.shape[-1]))

@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, check_choice
-from mtrl_imgrad.aggregators.solvers import NEAR_ZERO, ROUTES, Route, SimplexSolution, minimise_on_simplex
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, check_choice
+from mtrl_imgrad.aggregators.solvers import ROUTES, Route, SimplexSolution, minimise_on_simplex
+from mtrl_imgrad.aggregators.solvers.active_set import NEAR_ZERO
 
 
 def shortest_combination(
@@ -48,7 +49,7 @@ class MGDA(Aggregator):
     is left out: taken literally the method would return d = 0 for it.
 
     Identities: <g_i, d> >= ||d||^2 with equality on the support; ||d|| <= min_i ||g_i||; d = 0 iff 0 is in the hull;
-    identical gradients g give g. No state. Cost: one solve (see solvers.py). Diagnostics: `gap`.
+    identical gradients g give g. No state. Cost: one solve (see `solvers.simplex`). Diagnostics: `gap`.
     """
 
     solver: Route = "auto"
@@ -57,8 +58,7 @@ class MGDA(Aggregator):
     def __post_init__(self) -> None:
         check_choice("MGDA.solver", self.solver, ROUTES)
 
-    def solve(
-        self, gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tensor, "*batch tasks"], noise: Tensor | None
-    ) -> Aggregation:
+    def solve(self, given: Given) -> Aggregation:
+        gramian, active = given.gramian, given.active
         solution = shortest_combination(gramian, active, self.solver)
         return Aggregation(solution.weights, {"gap": solution.gap})

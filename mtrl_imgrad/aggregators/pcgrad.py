@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given
 
 
 @dataclass(frozen=True)
@@ -26,18 +26,19 @@ class PCGrad(Aggregator):
     equal gradients give 0; permuting the tasks and `noise` together permutes the weights.
     """
 
-    def draw_noise(self, num_tasks: int, generator: torch.Generator | None = None) -> Float[Tensor, "tasks tasks"]:
+    def draw_noise(
+        self, num_tasks: int, generator: torch.Generator | None = None, parameters: int = 0
+    ) -> Float[Tensor, "tasks tasks"]:
         """Uniform numbers on the generator's device; row i, sorted, is the order in which task i meets its partners."""
         device = None if generator is None else generator.device
         return torch.rand(num_tasks, num_tasks, generator=generator, dtype=torch.float64, device=device)
 
-    def solve(
-        self, gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tensor, "*batch tasks"], noise: Tensor | None
-    ) -> Aggregation:
+    def solve(self, given: Given) -> Aggregation:
+        gramian, noise = given.gramian, given.noise
         num_tasks = gramian.shape[-1]
         if noise is None or noise.shape[-2:] != gramian.shape[-2:]:
-            given = None if noise is None else tuple(noise.shape)
-            raise ValueError(f"noise: got {given}, need [..., {num_tasks}, {num_tasks}] as drawn by PCGrad.draw_noise")
+            shape = None if noise is None else tuple(noise.shape)
+            raise ValueError(f"noise: got {shape}, need [..., {num_tasks}, {num_tasks}] as drawn by PCGrad.draw_noise")
         order = noise.expand(gramian.shape).argsort(-1)
         squared_norms = gramian.diagonal(dim1=-2, dim2=-1)[..., None, :].expand(gramian.shape)
         own = torch.arange(num_tasks, device=gramian.device)[:, None]

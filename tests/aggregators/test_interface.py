@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 import torch
 from gradient_families import RULES, SOLVED, gradients, noise_for
-from torch import Tensor
 
 from mtrl_imgrad.aggregators import (
     AGGREGATORS,
@@ -19,6 +18,7 @@ from mtrl_imgrad.aggregators import (
     Aggregator,
     CAGrad,
     ConicGrad,
+    Given,
     IMGrad,
     Mean,
     PCGrad,
@@ -165,9 +165,9 @@ def test_solved_rules_report_their_gap(name: str) -> None:
 class Shortest(Aggregator):
     """A user's rule: all the weight on the task with the smallest gradient."""
 
-    def solve(self, gramian: Tensor, active: Tensor, noise: Tensor | None) -> Aggregation:
-        norms = torch.where(active, gramian.diagonal(dim1=-2, dim2=-1), torch.inf)
-        weights = (norms == norms.amin(-1, keepdim=True)).to(gramian.dtype)
+    def solve(self, given: Given) -> Aggregation:
+        norms = torch.where(given.active, given.gramian.diagonal(dim1=-2, dim2=-1), torch.inf)
+        weights = (norms == norms.amin(-1, keepdim=True)).to(given.gramian.dtype)
         return Aggregation(weights, {"smallest": norms.amin(-1)})
 
 
@@ -196,8 +196,9 @@ def test_a_class_in_the_current_directory_resolves(tmp_path: Path, monkeypatch: 
 
     @dataclass(frozen=True)
     class First(Aggregator):
-        def solve(self, gramian, active, noise):
-            return Aggregation(gramian.new_zeros(gramian.shape[:-1]).index_fill_(-1, active.long()[..., :1] * 0, 1.0))
+        def solve(self, given):
+            weights = given.gramian.new_zeros(given.active.shape)
+            return Aggregation(weights.index_fill_(-1, given.active.long()[..., :1] * 0, 1.0))
 
     class NotARule:
         pass

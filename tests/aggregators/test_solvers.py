@@ -11,8 +11,8 @@ import torch
 from gradient_families import FAMILIES, ROUTES, RULES, SOLVED, gradients
 from torch import Tensor
 
-from mtrl_imgrad.aggregators import Aggregation, Aggregator, solvers
-from mtrl_imgrad.aggregators.solvers import minimise_on_simplex
+from mtrl_imgrad.aggregators import Aggregation, Aggregator, Given
+from mtrl_imgrad.aggregators.solvers import minimise_on_simplex, simplex
 
 # (r, q) next to p = <g_i, g0>; with q = 0 the minimiser is CAGrad's at that radius.
 KERNELS = {"cagrad": (0.4, 0.0), "quadratic": (0.0, 1.0), "both": (0.3, 0.7), "linear": (0.0, 0.0)}
@@ -119,7 +119,7 @@ def test_ties_of_a_linear_objective_go_to_the_shortest_combination(route: str) -
 @pytest.fixture
 def short_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing unrolls the interior point; three steps show as much of its graph as all of them."""
-    monkeypatch.setattr(solvers, "INTERIOR_POINT_STEPS", 3)
+    monkeypatch.setattr(simplex, "INTERIOR_POINT_STEPS", 3)
 
 
 @pytest.mark.usefixtures("short_loop")
@@ -138,7 +138,7 @@ class Waiting(Aggregator):
 
     how: str
 
-    def solve(self, gramian: Tensor, active: Tensor, noise: Tensor | None) -> Aggregation:
+    def solve(self, given: Given) -> Aggregation:
         look = {
             "item": lambda x: x.sum().item(),
             "tolist": lambda x: x.tolist(),
@@ -147,8 +147,8 @@ class Waiting(Aggregator):
             "nonzero": lambda x: x.nonzero(),
             "branch": lambda x: bool(x.sum() > 0),
         }[self.how]
-        look(gramian)
-        return Aggregation(gramian[..., 0])
+        look(given.gramian)
+        return Aggregation(given.gramian[..., 0])
 
 
 def on_meta(rule: Aggregator) -> Tensor:

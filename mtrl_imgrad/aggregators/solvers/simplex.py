@@ -3,7 +3,7 @@
     minimise  f(w) = p.w + r sqrt(w'Mw) + (q/2) w'Mw   over the simplex {w >= 0, sum w = 1},   r, q >= 0
 
 * device route: a primal-dual interior point in torch. Batched, fixed number of steps, nothing waits for the host.
-* host route: an active set in numpy, for CPU tensors (active_set.py). Each support has a closed-form minimiser; block
+* host route: an active set in numpy, for CPU tensors (`active_set`). Each support has a closed-form minimiser; block
   pivoting (Kim and Park 2011, for non-negative least squares) finds the support, usually in 2 to 7 factorisations. It
   is exact to rounding. A Gramian that it cannot certify, or where J^T w vanishes, goes to the device route, so that
   both routes answer degenerate cases alike.
@@ -23,7 +23,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.active_set import NEAR_ZERO, RIDGES, active_set
+from mtrl_imgrad.aggregators.solvers.active_set import NEAR_ZERO, RIDGES, active_set
 
 Route = Literal["auto", "device", "host"]
 ROUTES: tuple[Route, ...] = ("auto", "device", "host")

@@ -1,4 +1,4 @@
-"""The host route of solvers.py for one Gramian: block pivoting with a closed form on every support, in numpy.
+"""The host route of `simplex` for one Gramian: block pivoting with a closed form on every support, in numpy.
 
 Meant for few tasks, where the overhead of array calls counts more than arithmetic: 2 to 7 small factorisations.
 """
@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 
 # J^T w counts as zero where ||J^T w||^2 is at most this fraction of sum_i w_i ||g_i||^2.
 NEAR_ZERO = 1e-10
-RIDGES = (1e-13, 1e-10, 1e-7, 1e-4, 1e-1)  # fractions of diag(M) to add, see solvers.py
+RIDGES = (1e-13, 1e-10, 1e-7, 1e-4, 1e-1)  # fractions of diag(M) to add, see `simplex`
 CERTIFIED = 1e-9  # the relative gap above which the answer is withheld
 PIVOTS = 60
 
