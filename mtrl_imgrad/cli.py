@@ -299,7 +299,8 @@ def command_list(arguments: Sequence[str]) -> None:
 @dataclasses.dataclass(frozen=True)
 class BenchOptions:
     """Measure how fast Meta-World's environments step in every way there is to step them. The options take turns, each
-    in its own process; MT50 with all of them needs about 18 GB of memory."""
+    in its own process; ours has visited every goal before, since it remembers resets. MT50 with all options needs about
+    20 GB of memory."""
 
     what: Annotated[Literal["envs"], tyro.conf.Positional]
     """What to measure."""

@@ -55,8 +55,8 @@ class EnvsConfig:
     """ema: divide each task's reward by the root of its exponential moving variance before storing it, as mtrl does
     (rate 0.001)."""
     workers: int | None = None
-    """Processes that step the tasks; None takes one per core and at most one per task, 0 steps in the main process. The
-    numbers do not depend on it."""
+    """Processes that step the tasks; None takes one per core and at most one per task (none on a single core), 0 steps
+    in the main process. The numbers do not depend on it."""
     fast: bool = True
     """Step without the Python around Meta-World's physics and reward, bit for bit the same; false steps as Meta-World
     does."""
@@ -64,8 +64,8 @@ class EnvsConfig:
     """on: compare some fast steps of each task with Meta-World's own when the run starts; a task that differs is
     stepped as Meta-World does, and named."""
     pipeline: bool = False
-    """Update while the environments step. Each vector step's transitions then reach the replay after its update instead
-    of before."""
+    """Update while the environments step, which takes workers. Each vector step's transitions then reach the replay
+    after its update instead of before, with or without them."""
 
     def __post_init__(self) -> None:
         _require(self.workers is None or self.workers >= 0, "envs.workers", self.workers, "zero, positive or None")

@@ -1,6 +1,6 @@
-"""Messages between a vector env and its workers: a byte that says what, a byte for which env, and a payload.
+"""Messages between a vector env and its workers: a byte that says what, the number of the env, and a payload.
 
-A step is two bytes and four of length each way; the arrays are in shared memory. The end of a process, however it came,
+A step is nine bytes each way; the arrays are in shared memory. The end of a process, however it came,
 closes its socket, and the other side reads the end of the stream.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 import struct
 
-_HEADER = struct.Struct("<cBI")
+_HEADER = struct.Struct("<cII")
 
 OPEN, RESET, STEP, DRAW, CLOSE = b"o", b"r", b"s", b"d", b"c"
 """What a vector env asks for."""
@@ -68,7 +68,9 @@ class Channel:
         while len(self._received) < size:
             try:
                 more = self._socket.recv(size - len(self._received))
-            except ConnectionError:
+            except TimeoutError:
+                raise
+            except OSError:  # it has broken off, or this end was closed
                 more = b""
             if not more:
                 raise EOFError("the other side is gone")

@@ -93,7 +93,9 @@ class MetaworldRows:
             self._tasks[task] = goals, shared
         key = task, settings.reward
         if settings.self_check and key not in self._differs:
-            found = difference(shared, task, settings.reward)
+            vectors = goals.vectors[task]
+            farthest = int(np.abs(vectors - vectors[0]).sum(1).argmax())
+            found = difference(shared, task, settings.reward, farthest)
             self._differs[key] = found is not None
             if found is not None:
                 self.warnings.append(f"{task}: {found}")

@@ -204,10 +204,6 @@ class FastTask:
         self._starts: dict[int, EpisodeStart] = {}
         self.on_model: EpisodeStart | None = None
 
-    @property
-    def num_goals(self) -> int:
-        return len(self._goals)
-
     def make(self, reward: RewardVersion) -> Any:
         """A fast env. The first one compiles the model, further ones have only their own `mjData`."""
         model = self._model

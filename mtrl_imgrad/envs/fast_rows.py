@@ -20,6 +20,9 @@ from jaxtyping import Bool, Float32, Float64
 from mtrl_imgrad.envs.fast_env import EpisodeStart, FastTask
 from mtrl_imgrad.envs.task_env import RewardVersion
 
+_ORIENTATION = np.array([1.0, 0.0, 1.0, 0.0])
+"""Of the hand, as `set_xyz_action` sets it."""
+
 
 class FastRows:
     """Several environments in lockstep: their episodes begin together and have one length.
@@ -55,17 +58,17 @@ class FastRows:
         spaces = [env.sawyer_observation_space for env in envs]
         self._low, self._high = np.stack([space.low for space in spaces]), np.stack([space.high for space in spaces])
         self._mocap = np.zeros((count, 3))
+        self._mocap_positions = [env.simulation.mocap_pos[0] for env in envs]
         self._frames = np.zeros((count, 18))
         # Hand, claws and tips of all rows, one after another, and where they are copied to before an observation.
         self._points = [point for env in envs for point in env.points]
         self._gathered = np.empty((count, 5, 3))
         self._simulations = [(env.model, env.simulation, env.frame_skip) for env in envs]
-        self._inputs = [(env.simulation.mocap_pos[0], env.simulation.ctrl) for env in envs]
+        self._inputs = [(env.simulation.mocap_pos, env.simulation.mocap_quat, env.simulation.ctrl) for env in envs]
 
     def reset(self, index: int, goal: int) -> Float64[np.ndarray, "observation=39"]:
         """Start an episode of one row. All rows are reset before the next step."""
         start = self._starts[index] = self._tasks[index].start(self._envs[index], goal)
-        self._mocap[index] = self._inputs[index][0]
         self._frames[index] = start.observation[:18]
         self._length = 0
         return start.observation
@@ -103,13 +106,15 @@ class FastRows:
     def _advance(self, shifts: Float32[np.ndarray, "rows 3"], controls: Float64[np.ndarray, "rows 2"]) -> None:
         """`set_xyz_action` and `do_simulation` up to where `SawyerXYZEnv.step` observes."""
         mocap = self._mocap
+        # MuJoCo moves neither position nor orientation, unless it resets a simulation that has become unstable.
+        np.concatenate(self._mocap_positions, out=mocap.reshape(-1))
         mocap += shifts
         mocap.clip(self._mocap_low, self._mocap_high, out=mocap)
         for row, (simulation, inputs, position, control) in enumerate(
             zip(self._simulations, self._inputs, mocap, controls, strict=True)
         ):
             self._place(row)
-            inputs[0][:], inputs[1][:] = position, control
+            inputs[0][:], inputs[1][:], inputs[2][:] = position, _ORIENTATION, control
             mujoco.mj_step(*simulation)
             mujoco.mj_forward(simulation[0], simulation[1])
 

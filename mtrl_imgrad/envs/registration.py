@@ -82,7 +82,7 @@ def make_vector_env(
     names = expand_tasks((tasks,))
     per_task, left_over = divmod(num_envs, len(names))
     if num_envs == 1:
-        per_task = envs_per_task or 1
+        per_task = 1 if envs_per_task is None else envs_per_task
     elif left_over or per_task != (envs_per_task or per_task):
         wanted = f"{len(names)} tasks x envs_per_task" + (f" {envs_per_task}" if envs_per_task else "")
         raise ValueError(f"num_envs: {num_envs} rows cannot be dealt to {wanted}")
@@ -127,7 +127,7 @@ class MetaworldTaskEnv(gymnasium.Env):
         width: int = 480,
         height: int = 480,
     ) -> None:
-        check_arguments(1, horizon, reward, action_repeat, seeding, render_mode)
+        check_arguments(horizon, reward, seeding, render_mode, action_repeat=action_repeat, width=width, height=height)
         goals = make_goals(expand_tasks((tasks,)), seed if goal_seed is None else goal_seed, num_goals)
         (task,) = goals.tasks
         self._task = TaskEnv(

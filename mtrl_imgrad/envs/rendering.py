@@ -73,13 +73,13 @@ class TaskRenderer:
         if camera not in cameras:
             raise ValueError(f"camera: {camera!r} is not one of {', '.join(cameras)}")
         self._graphics = importlib.import_module(f"mujoco.{graphics_library()}").GLContext(width, height)
-        # Python's end comes for the library's memory too late. Of what is registered here, the last is called first, so
-        # this is before the library itself is ended.
-        atexit.register(self.close)
         self._graphics.make_current()
         # The size of the buffer that pictures are drawn into is read from the model, and is nothing but that.
         model.vis.global_.offwidth, model.vis.global_.offheight = width, height
         self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100.value)
+        # Python's end comes for the library's memory too late. Of what is registered here, the last is called first, so
+        # this is before the library itself is ended.
+        atexit.register(self.close)
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN.value, self._context)
         self._scene = mujoco.MjvScene(model, maxgeom=2_000)
         self._option = mujoco.MjvOption()

@@ -6,8 +6,9 @@ Rows are task-major: row `k * envs_per_task + e` is environment e of task k, so 
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, TypeAlias, get_args
 
 import gymnasium
@@ -43,14 +44,18 @@ StepResult: TypeAlias = tuple[
 
 
 def check_arguments(
-    envs_per_task: int, horizon: int, reward: str, action_repeat: int, seeding: str, render_mode: str | None
+    horizon: int,
+    reward: str,
+    seeding: str,
+    render_mode: str | None,
+    **counts: int,
 ) -> None:
-    """Raise the one-line ValueError of the first argument out of range."""
-    if not 1 <= horizon <= MAX_HORIZON:
+    """Raise the one-line ValueError of the first argument out of range. `counts` are at least 1."""
+    for name, count in {"horizon": horizon, **counts}.items():
+        if not isinstance(count, int | np.integer) or count < 1:
+            raise ValueError(f"{name}: {count!r} is not a positive integer")
+    if horizon > MAX_HORIZON:
         raise ValueError(f"horizon: {horizon} is not between 1 and {MAX_HORIZON} simulator steps")
-    for name, count in (("envs_per_task", envs_per_task), ("action_repeat", action_repeat)):
-        if count < 1:
-            raise ValueError(f"{name}: {count} is less than 1")
     for name, value, allowed in (("reward", reward, RewardVersion), ("seeding", seeding, Seeding)):
         if value not in get_args(allowed):
             raise ValueError(f"{name}: {value!r} is not one of {', '.join(get_args(allowed))}")
@@ -90,13 +95,13 @@ class MetaworldVectorEnv(VectorEnv):
         action_repeat: simulator steps per decision. Rewards are summed, success is that of any repeated step, and the
             last decision of an episode is shorter where `horizon` is not a multiple.
         seeding: the law of the streams, see `GoalSchedule`.
-        workers: processes that step the tasks, a share of them each; 0 steps in this process, None takes as many as
-            there are cores and at most one per task.
+        workers: processes that step the tasks, a share of them each; 0 steps in this process. None takes as many as
+            there are cores and at most one per task, or 0 where there is one core.
         fast: leave out of Meta-World's step the Python that is not its reward (`fast_env`); False steps as it does.
         self_check: compare the fast way with Meta-World's own for some steps of each task. A task in which a bit
             differs is stepped by Meta-World's own way, and a RuntimeWarning names it.
         share: another env, whose workers, models and resets this one uses too, in place of `workers`. Its tasks must
-            include these.
+            include these. Both may have a step under way at a time.
         maker: makes what is stepped. For tests; a class that workers can import.
         render_mode: "rgb_array" lets `render` draw pictures.
         camera: one of topview, corner, corner2, corner3, corner4, behindGripper, gripperPOV.
@@ -121,7 +126,7 @@ class MetaworldVectorEnv(VectorEnv):
         reward: RewardVersion = "v2",
         action_repeat: int = 1,
         seeding: Seeding = "spawn",
-        workers: int | None = 0,
+        workers: int | None = None,
         fast: bool = True,
         self_check: bool = True,
         share: MetaworldVectorEnv | None = None,
@@ -133,9 +138,14 @@ class MetaworldVectorEnv(VectorEnv):
     ) -> None:
         if missing := [task for task in tasks if task not in goals.tasks]:
             raise ValueError(f"goals: none for {', '.join(missing)}; given are those of {', '.join(goals.tasks)}")
-        check_arguments(envs_per_task, horizon, reward, action_repeat, seeding, render_mode)
-        if workers is not None and workers < 0:
-            raise ValueError(f"workers: {workers} is less than 0")
+        counts = {"envs_per_task": envs_per_task, "action_repeat": action_repeat, "width": width, "height": height}
+        check_arguments(horizon, reward, seeding, render_mode, **counts)
+        if not tasks or len(set(tasks)) < len(tasks):
+            raise ValueError(f"tasks: {list(tasks)} is empty or has a task twice")
+        if workers is not None and (not isinstance(workers, int | np.integer) or workers < 0):
+            raise ValueError(f"workers: {workers!r} is not zero, a positive integer or None")
+        if share and share.closed:
+            raise ValueError("share: the other env is closed")
         if share and (missing := [task for task in tasks if task not in share.task_names]):
             raise ValueError(f"share: the other env has no {', '.join(missing)}")
 
@@ -204,7 +214,7 @@ class MetaworldVectorEnv(VectorEnv):
         """
         self._raise_if_closed()
         if not self._started:
-            raise RuntimeError("call reset before the first step")
+            raise RuntimeError("call reset before the first step, and after one that was interrupted")
         if self._stepping:
             raise RuntimeError("a step is under way: call step_wait first")
         actions = np.asarray(actions, np.float32)
@@ -215,7 +225,8 @@ class MetaworldVectorEnv(VectorEnv):
         # The horizon alone ends episodes, so it is known now whether the rows will need other goals.
         self._block.next_goals[:] = self._next_goals() if self._length == self._horizon else -1
         self._stepping = True
-        self._section.start(messages.STEP)
+        with self._whole_or_reset():
+            self._section.start(messages.STEP)
 
     def step_wait(self) -> StepResult:
         """Finish the step begun by `step_async`. The arrays returned are the caller's: no later step changes them.
@@ -224,9 +235,10 @@ class MetaworldVectorEnv(VectorEnv):
             RuntimeError: no step is under way.
         """
         self._raise_if_closed()
-        if not self._stepping:
-            raise RuntimeError("no step is under way: call step_async first")
-        self._section.wait()
+        if not (self._started and self._stepping):
+            raise RuntimeError("no step is under way: call step_async first, and reset after one that was interrupted")
+        with self._whole_or_reset():
+            self._section.wait()
         self._stepping = False
         ended = self._length == self._horizon
         final_obs, rewards = self._block.observations.copy(), self._block.rewards.copy()
@@ -290,7 +302,7 @@ class MetaworldVectorEnv(VectorEnv):
 
         Raises:
             RuntimeError: the env was made without `render_mode`, or not yet reset.
-            ValueError: there is no such camera.
+            ValueError: there is no such row or camera.
             DependencyNotInstalled: there is no graphics library to draw with.
         """
         self._raise_if_closed()
@@ -300,6 +312,8 @@ class MetaworldVectorEnv(VectorEnv):
             raise RuntimeError("render: make the env with render_mode='rgb_array' to draw it")
         if not self._started:
             raise RuntimeError("call reset before the first render")
+        if not 0 <= row < self.num_envs:
+            raise ValueError(f"row: {row} is not between 0 and {self.num_envs - 1}")
         return self._section.draw(self.task_names[row // self.envs_per_task], row, *self._picture)
 
     def close_extras(self, **kwargs: Any) -> None:
@@ -327,6 +341,16 @@ class MetaworldVectorEnv(VectorEnv):
         self._episode_return.fill(0.0)
         self._length = 0
         return self._block.first_observations.copy()
+
+    @contextlib.contextmanager
+    def _whole_or_reset(self) -> Iterator[None]:
+        """After a step that an exception such as a KeyboardInterrupt has cut short, only a reset helps: some rows may
+        have been stepped."""
+        try:
+            yield
+        except BaseException:
+            self._started = False
+            raise
 
     def _raise_if_closed(self) -> None:
         if self.closed:

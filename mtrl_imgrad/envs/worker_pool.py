@@ -23,7 +23,7 @@ from mtrl_imgrad.envs.channel import Channel
 from mtrl_imgrad.envs.chunk import Chunk, ChunkSpec, RowMaker
 from mtrl_imgrad.envs.shared_block import Block, allocate, attach, private
 
-HANG_SECONDS = 8
+HANG_SECONDS = 6
 """Seconds without a sign of life after which a worker at work has hung."""
 START_SECONDS = 120
 """The same for a worker that starts, whose imports may come from a cold disk that others use too."""
@@ -48,6 +48,7 @@ class Worker:
         shown = ", ".join(tasks[:4]) + (f" and {len(tasks) - 4} more" if len(tasks) > 4 else "")
         self.name = f"worker {index} ({shown})"
         self._working = False
+        self._early: dict[int, list[bytes]] = {}
         ours, theirs = socket.socketpair()
         path = os.pathsep.join(str(entry) or str(Path.cwd()) for entry in sys.path)
         threads = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
@@ -74,20 +75,23 @@ class Worker:
         except OSError:
             raise self._death() from None
 
-    def receive(self, progress: Any, patience: int = HANG_SECONDS) -> bytes:
-        """Wait for the answer.
+    def receive(self, section: int, progress: Any, patience: int = HANG_SECONDS) -> bytes:
+        """Wait for the answer to a request of one vector env; those to others that come before it are kept.
 
         Args:
+            section: number of the vector env.
             progress: the array in which the worker counts what it has done.
             patience: seconds without progress after which it has hung. It has more until it has made its first rows.
 
         Raises:
             WorkerError: the process has ended, has hung, or has met an error.
         """
-        last, silent = -1, 0
+        if early := self._early.get(section):
+            return early.pop(0)
+        last, silent = int(progress[self.index]), 0
         while True:
             try:
-                kind, _, payload = self._channel.receive(timeout=1.0)
+                kind, answered, payload = self._channel.receive(timeout=1.0)
             except TimeoutError:
                 # Seconds are counted while this process runs, so that nobody has hung who was stopped along with it.
                 silent = silent + 1 if progress[self.index] == last else 0
@@ -104,7 +108,9 @@ class Worker:
                 error = WorkerError(f"{self.name} has failed with\n{' '.join(told.split())[:300]}")
                 error.add_note(trace)
                 raise error
-            return payload
+            if answered == section:
+                return payload
+            self._early.setdefault(answered, []).append(payload)
 
     def _death(self) -> WorkerError:
         with contextlib.suppress(subprocess.TimeoutExpired):
@@ -166,7 +172,7 @@ class WorkerPool:
                 self.ask(index, messages.OPEN, number, payload, descriptor)
         finally:
             os.close(descriptor)
-        section.asked = len(specs)
+        section.pending = list(range(len(specs)))
         section.warnings += [line for answer in section.wait() for line in pickle.loads(answer)]
         return section
 
@@ -177,9 +183,9 @@ class WorkerPool:
             self.end()
             raise
 
-    def answer(self, index: int, block: Block, patience: int = HANG_SECONDS) -> bytes:
+    def answer(self, index: int, section: int, block: Block, patience: int = HANG_SECONDS) -> bytes:
         try:
-            return self.workers[index].receive(block.progress, patience)
+            return self.workers[index].receive(section, block.progress, patience)
         except WorkerError:
             self.end()
             raise
@@ -204,19 +210,20 @@ class WorkerSection:
     Attributes:
         block: the arrays over these rows.
         warnings: a line for each task that is stepped by the plain path though the fast one was asked for.
+        pending: the workers whose answer has not been read, also where an exception came between.
     """
 
     def __init__(self, pool: WorkerPool, number: int, block: Block) -> None:
         self.pool, self.block = pool, block
         self.warnings: list[str] = []
-        self.asked = 0
+        self.pending: list[int] = []
         self._number = number
 
     def start(self, kind: bytes) -> None:
         """Let all workers step or reset."""
         for index in range(len(self.pool.workers)):
+            self.pending.append(index)
             self.pool.ask(index, kind, self._number)
-        self.asked = len(self.pool.workers)
 
     def wait(self) -> list[bytes]:
         """Until all have done so.
@@ -224,15 +231,18 @@ class WorkerSection:
         Raises:
             WorkerError: one has failed, died or hung. All have been ended.
         """
-        asked, self.asked = self.asked, 0
-        return [self.pool.answer(index, self.block) for index in range(asked)]
+        answers = []
+        while self.pending:
+            answers.append(self.pool.answer(self.pending[0], self._number, self.block))
+            del self.pending[0]
+        return answers
 
     def draw(self, task: str, row: int, camera: str, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
         """A picture of a row of this task."""
         index = next(index for index, tasks in enumerate(self.pool.dealt) if task in tasks)
         self.pool.ask(index, messages.DRAW, self._number, pickle.dumps((row, camera, width, height)))
         # The first one looks for a graphics library that works.
-        picture = pickle.loads(self.pool.answer(index, self.block, START_SECONDS))
+        picture = pickle.loads(self.pool.answer(index, self._number, self.block, START_SECONDS))
         if isinstance(picture, Exception):
             raise picture
         return picture

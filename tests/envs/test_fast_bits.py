@@ -131,6 +131,27 @@ def test_all_tasks_have_metaworlds_bits(oracle, goals, reward):
     assert min(met["first"], met["again"]) >= 10
 
 
+@pytest.mark.parametrize("bad", ["action", "velocity"])
+def test_a_simulation_that_mujoco_resets_goes_on_with_metaworlds_bits(bad):
+    """MuJoCo resets a simulation whose state is not finite or too large, and the hand's mount with it."""
+    goals = make_goals(["push-v3"], goal_seed=SEED, num_goals=1)
+    plain, fast = (MetaworldVectorEnv(goals.tasks, goals, seed=0, fast=way) for way in (False, True))
+    for env in (plain, fast):
+        env.reset()
+    for step, actions in enumerate(np.random.default_rng(1).uniform(-1, 1, (8, 1, 4)).astype(np.float32)):
+        if step == 3 and bad == "action":
+            actions[0, 1] = np.nan
+        if step == 3 and bad == "velocity":
+            plain._section._chunk._rows[0][1]._env.data.qvel[3] = 1e11
+            fast._section._chunk._fast._simulations[0][1].qvel[3] = 1e11
+        expected, ours = plain.step(actions), fast.step(actions)
+        for left, right in ((expected[0], ours[0]), (expected[1], ours[1])):
+            assert left.tobytes() == right.tobytes(), step
+    assert fast._section._chunk._fast._simulations[0][1].warning.number.sum() > 0
+    for env in (plain, fast):
+        env.close()
+
+
 @pytest.fixture(scope="module")
 def long_oracle(goals):
     made = Oracle(goals.tasks, goals, horizon=500)

@@ -96,7 +96,32 @@ def test_a_reset_that_depends_on_the_past_is_told(goals, monkeypatch):
         return observation
 
     monkeypatch.setattr(task.env_class, "reset_model", drifting)
-    assert self_check.difference(task, "reach-v3", "v2") == "a reset's outcome depends on the episode before"
+    assert self_check.difference(task, "reach-v3", "v2", 1) == "a reset's outcome depends on the episode before"
+
+
+@pytest.mark.parametrize(("task", "reward"), [("door-open-v3", "v2"), ("disassemble-v3", "v1")])
+def test_a_row_that_sees_the_model_of_another_goal_is_told(monkeypatch, task, reward):
+    """In the second task only the reward reads the model, after the physics of all rows."""
+    goals = make_goals([task], goal_seed=3)
+    farthest = int(np.abs(goals.vectors[task] - goals.vectors[task][0]).sum(1).argmax())
+    evaluate = task == "disassemble-v3"
+    place, observe = fast_rows.FastRows._place, fast_rows.FastRows._observe
+
+    def observed(self):
+        observations = observe(self)
+        if evaluate:
+            monkeypatch.setattr(fast_rows.FastRows, "_place", lambda self, row: None)
+        return observations
+
+    def advanced(self, *arguments):
+        monkeypatch.setattr(fast_rows.FastRows, "_place", place if evaluate else lambda self, row: None)
+        return advance(self, *arguments)
+
+    advance = fast_rows.FastRows._advance
+    monkeypatch.setattr(fast_rows.FastRows, "_observe", observed)
+    monkeypatch.setattr(fast_rows.FastRows, "_advance", advanced)
+    shared = FastTask(task, goals.metaworld_tasks(task))
+    assert self_check.difference(shared, task, reward, farthest) == "step 0 of the start-up check differs"
 
 
 def test_the_check_can_be_left_out(goals, monkeypatch):
@@ -106,7 +131,7 @@ def test_the_check_can_be_left_out(goals, monkeypatch):
 
 def test_a_task_is_checked_once_per_reward_version(goals, monkeypatch):
     checked = []
-    monkeypatch.setattr(self_check, "difference", lambda shared, task, reward: checked.append((task, reward)))
+    monkeypatch.setattr(self_check, "difference", lambda shared, task, reward, _: checked.append((task, reward)))
     env = MetaworldVectorEnv(TASKS, goals, seed=0, envs_per_task=2)
     others = [MetaworldVectorEnv(TASKS, goals, seed=0, reward=reward, share=env) for reward in ("v2", "v1")]
     assert checked == [("reach-v3", "v2"), ("door-open-v3", "v2"), ("reach-v3", "v1"), ("door-open-v3", "v1")]

@@ -17,8 +17,8 @@ import psutil
 import pytest
 import zero_cost
 
-from mtrl_imgrad.envs import Goals, MetaworldVectorEnv, make_goals
-from mtrl_imgrad.envs.worker_pool import WorkerError
+from mtrl_imgrad.envs import Goals, MetaworldVectorEnv, dealing, make_goals, vector
+from mtrl_imgrad.envs.worker_pool import Worker, WorkerError
 
 TASKS = ("reach-v3", "push-v3", "window-open-v3")
 ZERO_COST_GOALS = Goals(0, {task: np.arange(50.0)[:, None] for task in TASKS})
@@ -128,6 +128,7 @@ class TestRows:
         assert len(processes_of(make_env(workers=wanted))) == used
 
     def test_by_default_there_are_as_many_as_cores(self, make_env, monkeypatch):
+        monkeypatch.setattr(vector, "default_workers", dealing.default_workers)
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
         assert len(processes_of(make_env(workers=None))) == 2
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0}, raising=False)
@@ -162,6 +163,69 @@ class TestRows:
     def test_warnings_of_workers_name_the_task(self, make_env):
         with pytest.warns(RuntimeWarning, match="push-v3: differs"):
             make_env(zero_cost.Warning_)
+
+
+class TestInterruptions:
+    """A KeyboardInterrupt, of Ctrl-C or a notebook's stop button, may come at any moment; a test sends it itself."""
+
+    @pytest.fixture
+    def interrupted(self, make_env, monkeypatch):
+        """An env that was interrupted while it waited for its second worker."""
+
+        def interrupt(workers, owner, name):
+            env = make_env(workers=workers)
+            env.reset()
+            env.step(actions_for(env))
+            original, calls = getattr(owner, name), []
+
+            def interrupting(*arguments):
+                calls.append(arguments)
+                if len(calls) == 2:
+                    raise KeyboardInterrupt
+                return original(*arguments)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, interrupting)
+                with pytest.raises(KeyboardInterrupt):
+                    env.step(actions_for(env))
+            return env
+
+        return interrupt
+
+    @pytest.mark.parametrize(
+        ("workers", "owner", "name"),
+        [(2, Worker, "receive"), (2, Worker, "send"), (0, zero_cost.ZeroCostRow, "step")],
+        ids=["waiting", "asking", "in this process"],
+    )
+    def test_a_step_that_was_interrupted_is_over_with_a_reset_and_no_answer_is_taken_for_another(
+        self, interrupted, workers, owner, name
+    ):
+        env = interrupted(workers, owner, name)
+        with pytest.raises(RuntimeError, match="call reset"):
+            env.step(actions_for(env))
+        with pytest.raises(RuntimeError, match="no step is under way"):
+            env.step_wait()
+        assert not env.at_episode_start
+        if name != "send":
+            observations, _ = env.reset()
+            assert (observations[:, 1] == 0).all()
+            for step in (1, 2, 3):
+                assert (env.step(actions_for(env, step))[1] == step).all()
+        else:  # one worker was never asked, and the answer that would be waited for never comes
+            env.close()
+
+    def test_two_envs_that_share_workers_may_step_at_the_same_time(self, make_env):
+        first = make_env()
+        second = make_env(share=first)
+        for env in (first, second):
+            env.reset(options={"goals": np.zeros((3, 1), int)})
+        for step in range(1, 4):
+            first.step_async(actions_for(first, step))
+            _, rewards, *_ = second.step(actions_for(second, 10 * step))
+            assert (rewards == 10 * step).all()
+            second.step_async(actions_for(second, -step))
+            assert (first.step_wait()[1] == step).all()
+            assert (second.step_wait()[1] == -step).all()
 
 
 class TestFailures:
