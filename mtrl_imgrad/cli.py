@@ -277,7 +277,7 @@ class ListOptions:
     """Show what there is to choose from."""
 
     what: Annotated[Literal["tasks", "aggregators", "configs"], tyro.conf.Positional]
-    """Tasks and task sets, aggregators with their fields, or shipped configurations."""
+    """Tasks and task sets, aggregators with their papers, needs and fields, or shipped configurations."""
 
 
 def command_list(arguments: Sequence[str]) -> None:
@@ -288,9 +288,9 @@ def command_list(arguments: Sequence[str]) -> None:
         for name, tasks in task_sets().items():
             print(f"{name}: {' '.join(tasks)}")
     elif options.what == "aggregators":
-        for name, rule in AGGREGATORS.items():
-            fields = ", ".join(f"{f.name}={getattr(rule(), f.name)!r}" for f in dataclasses.fields(rule))  # pyright: ignore[reportArgumentType]
-            print(f"{name:<10} {(rule.__doc__ or '').strip().splitlines()[0]}\n{'':<10} {fields or 'no fields'}")
+        from mtrl_imgrad.listing import print_aggregators
+
+        print_aggregators(AGGREGATORS)
     else:
         for path in sorted(configs_folder().glob("*.yaml")):
             print(f"{path.stem:<14} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
