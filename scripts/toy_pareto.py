@@ -260,7 +260,7 @@ MARKER = "<!-- made by scripts/toy_pareto.py -->"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", nargs="+", choices=list(AGGREGATORS), default=list(AGGREGATORS), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=50_000, help="at most, from each start")
+    parser.add_argument("--steps", type=int, default=30_000, help="at most, from each start")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--columns", type=int, default=6, help="panels side by side")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/toy_pareto")
@@ -270,7 +270,8 @@ def main() -> None:
     with ProcessPoolExecutor(arguments.processes) as pool:
         outcomes = []
         for outcome in pool.map(run, arguments.rules, [arguments.steps] * len(arguments.rules)):
-            print(f"{outcome.name}: {outcome.seconds:.0f} s", flush=True)
+            longest = KEPT * (max(map(len, outcome.trajectories)) - 1)
+            print(f"{outcome.name}: {outcome.seconds:.0f} s, {longest:,} steps", flush=True)
             outcomes.append(outcome)
     pareto = front()
     figures = table(outcomes, pareto)

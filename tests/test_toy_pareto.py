@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from dataclasses import dataclass, replace
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
+import toy_pareto as toy
 from torch import Tensor
 
 from mtrl_imgrad.aggregators import AGGREGATORS, Aggregation, Aggregator, Given
-
-
-def script(name: str) -> ModuleType:
-    """A module of the scripts folder."""
-    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = script("toy_pareto")
 
 
 def losses_by_torch(points: Tensor) -> Tensor:
