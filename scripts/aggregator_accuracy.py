@@ -76,11 +76,16 @@ class Error:
     distance: float | None = None
 
 
+def nothing(given: Given) -> Error:
+    """Compared with d = 0."""
+    return Error(given.gap, None, float(np.linalg.norm(given.direction)))
+
+
 def against(given: Given, expected: Array, unit: bool = False) -> Error:
     """Compared with a direction; `unit` leaves lengths out."""
     length = float(np.linalg.norm(expected))
     if length == 0:
-        return Error(given.gap, None, float(np.linalg.norm(given.direction)))
+        return nothing(given)
     size = float(np.linalg.norm(given.direction))
     angle = 1 - float(expected @ given.direction) / (size * length) if size else 1.0
     # The difference of unit vectors keeps the digits that 1 - cos loses.
@@ -115,7 +120,7 @@ def check_pcgrad(given: Given) -> Error:
 
 def check_mgda(given: Given) -> Error:
     if hull(given.rows):
-        return Error(given.gap, None, float(np.linalg.norm(given.direction)))
+        return nothing(given)
     return against(given, oracles.mgda_weights(given.rows) @ given.rows)
 
 
@@ -167,11 +172,15 @@ def cone_projection(rows: Array, u: Array) -> Array:
 
 
 def check_upgrad(given: Given) -> Error:
+    if hull(given.rows):
+        return nothing(given)  # no direction hurts no task
     count = len(given.rows)
     return against(given, sum(cone_projection(given.rows, np.eye(count)[i]) for i in range(count)) / count)  # pyright: ignore[reportArgumentType]
 
 
 def check_dualproj(given: Given) -> Error:
+    if hull(given.rows):
+        return nothing(given)
     return against(given, cone_projection(given.rows, np.full(len(given.rows), 1 / len(given.rows))))
 
 
@@ -334,8 +343,8 @@ Made by `python scripts/aggregator_accuracy.py`. Each cell is the worst over gra
 "-" where a measure does not apply. The oracle of a minimiser is scipy's NNLS or CLARABEL through cvxpy with tolerances
 of 1e-13; CLARABEL has about 1e-7 of the direction, 1e-14 of the cosine, and less where norms differ by 1e4
 (`imbalanced`). Where 0 lies in the hull of the gradients (`lowrank` above K = 5) a minimiser is not unique or has no
-direction: nothing is compared there, but that MGDA's d is 0: its length over the root mean square norm stands under
-distance.
+direction: nothing is compared there, but that the d of MGDA and of the dual-cone projections is 0: its length over the
+root mean square norm stands under distance.
 
 ## Worst of all
 
