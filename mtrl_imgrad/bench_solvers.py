@@ -1,7 +1,8 @@
 """`mtrl-imgrad bench solvers`: what one call of a rule costs on one CPU thread, beside other ways to solve its problem.
 
 The measurement runs in a process of its own, because the libraries read their number of threads when they start:
-`python -m mtrl_imgrad.bench_solvers TASKS,... ROUNDS` prints every time as JSON.
+`python -m mtrl_imgrad.bench_solvers TASKS,... ROUNDS` prints every time as JSON. Times are CPU times of that process,
+over all its threads, so that other programs on the machine count less.
 
 * ours: the whole call from the Gramian to the weights, on each route.
 * clarabel: the interior-point solver called directly; the problem is built beforehand, handing over the Gramian's
@@ -237,9 +238,9 @@ def _baseline(rule: str, kernel: Kernel) -> Call:
 
 
 def measure(tasks: Sequence[int], rounds: int) -> dict[str, Any]:
-    """Seconds of every call, by K, rule, way and family: one list entry a round. In a round every option is called once
-    on every Gramian, the options in turn, so that a change of the machine's speed meets all; a first round is not
-    counted."""
+    """CPU seconds of every call, by K, rule, way and family: one list entry a round. In a round every option is called
+    once on every Gramian, the options in turn, so that a change of the machine's speed meets all; a first round is
+    not counted."""
     torch.set_num_threads(1)
     seconds: dict[str, Any] = {}
     missing: list[str] = []
@@ -250,10 +251,10 @@ def measure(tasks: Sequence[int], rounds: int) -> dict[str, Any]:
         for turn in range(rounds + 1):
             for family, gramian in gramians.items():
                 for option, call in calls.items():
-                    started = time.perf_counter()
+                    started = time.process_time()
                     call(gramian)
                     if turn:
-                        into[option][family].append(time.perf_counter() - started)
+                        into[option][family].append(time.process_time() - started)
         by_rule = seconds.setdefault(str(num_tasks), {})
         for (rule, way), times in into.items():
             by_rule.setdefault(rule, {})[way] = times
@@ -296,12 +297,8 @@ Times = dict[str, list[float]]
 
 
 def ratio(ours: Times, theirs: Times) -> float:
-    """The median over rounds of our time over theirs, both summed over the Gramians of a round."""
-    return statistics.median(a / b for a, b in zip(_per_round(ours), _per_round(theirs), strict=True))
-
-
-def _per_round(times: Times) -> list[float]:
-    return [sum(of_round) for of_round in zip(*times.values(), strict=True)]
+    """The median over families of our median over rounds, over theirs."""
+    return statistics.median(statistics.median(ours[family]) / statistics.median(theirs[family]) for family in ours)
 
 
 HEADER = (
@@ -311,7 +308,7 @@ HEADER = (
 
 def table(measured: dict[str, Any]) -> str:
     """Ratios first: to clarabel on the same rule, to clarabel on CAGrad (one solve), to TorchJD on the same rule; then
-    the median over rounds of the mean over families, and the family with the largest median."""
+    the median over families of the median over rounds, and the family with the largest median."""
     lines = [HEADER]
     for num_tasks, rules in measured["seconds"].items():
         one_solve = rules.get("cagrad", {}).get("clarabel")
@@ -319,8 +316,8 @@ def table(measured: dict[str, Any]) -> str:
             for way, times in ways.items():
                 others = [ways.get("clarabel"), one_solve if rule in KERNEL_RULES else None, ways.get("torchjd")]
                 ratios = ["-" if other is None else f"{ratio(times, other):.2f}" for other in others]
-                milliseconds = 1e3 * statistics.median(_per_round(times)) / len(times)
                 medians = {family: 1e3 * statistics.median(each) for family, each in times.items()}
+                milliseconds = statistics.median(medians.values())
                 slowest = max(medians, key=lambda family: medians[family])
                 lines.append(
                     f"{num_tasks:>3}  {rule:<12}{way:<14}{ratios[0]:>11}{ratios[1]:>14}{ratios[2]:>11}"
