@@ -277,7 +277,7 @@ class ListOptions:
     """Show what there is to choose from."""
 
     what: Annotated[Literal["tasks", "aggregators", "configs"], tyro.conf.Positional]
-    """Tasks and task sets, aggregators with their fields, or shipped configurations."""
+    """Tasks and task sets, aggregators with their papers, needs and fields, or shipped configurations."""
 
 
 def command_list(arguments: Sequence[str]) -> None:
@@ -288,9 +288,9 @@ def command_list(arguments: Sequence[str]) -> None:
         for name, tasks in task_sets().items():
             print(f"{name}: {' '.join(tasks)}")
     elif options.what == "aggregators":
-        for name, rule in AGGREGATORS.items():
-            fields = ", ".join(f"{f.name}={getattr(rule(), f.name)!r}" for f in dataclasses.fields(rule))  # pyright: ignore[reportArgumentType]
-            print(f"{name:<10} {(rule.__doc__ or '').strip().splitlines()[0]}\n{'':<10} {fields or 'no fields'}")
+        from mtrl_imgrad.listing import print_aggregators
+
+        print_aggregators(AGGREGATORS)
     else:
         for path in sorted(configs_folder().glob("*.yaml")):
             print(f"{path.stem:<14} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
@@ -300,9 +300,9 @@ def command_list(arguments: Sequence[str]) -> None:
 class BenchOptions:
     """Measure how fast Meta-World's environments step in every way there is to step them. The options take turns, each
     in its own process; ours has visited every goal before, since it remembers resets. MT50 with all options needs about
-    20 GB of memory."""
+    20 GB of memory. For the aggregators' solvers, see `mtrl-imgrad bench solvers --help`."""
 
-    what: Annotated[Literal["envs"], tyro.conf.Positional]
+    what: Annotated[Literal["envs", "solvers"], tyro.conf.Positional]
     """What to measure."""
     benchmark: Literal["mt10", "mt25", "mt50"] = "mt10"
     """Task set."""
@@ -316,13 +316,43 @@ class BenchOptions:
     """Also write every round's figures to this file."""
 
 
-def command_bench(arguments: Sequence[str]) -> None:
-    from mtrl_imgrad.bench import as_json, bench_envs, disturbance, table
+@dataclasses.dataclass(frozen=True)
+class SolverBenchOptions:
+    """Measure what one call of each aggregator with a solver costs on one CPU thread, on both routes, beside clarabel
+    called directly, scipy's SLSQP and TorchJD's class, where these are installed. The options take turns."""
 
-    options: BenchOptions = parse(BenchOptions, arguments, "bench")
-    tasks = options.benchmark.upper()
+    what: Annotated[Literal["solvers"], tyro.conf.Positional]
+    """What to measure."""
+    tasks: tuple[int, ...] = (10, 50)
+    """Numbers of tasks K."""
+    repeats: int = 15
+    """Rounds; each calls every option once on a random Gramian of each family."""
+    json: Path | None = None
+    """Also write every round's figures to this file."""
+
+
+def bench_options(arguments: Sequence[str]) -> BenchOptions | SolverBenchOptions:
+    """What `bench` is asked for: environments and solvers have different flags."""
+    options = parse(SolverBenchOptions if "solvers" in arguments else BenchOptions, arguments, "bench")
     if options.json and not options.json.parent.is_dir():
         raise UserError(f"json: there is no folder {options.json.parent} to write {options.json.name} into.")
+    return options
+
+
+def command_bench(arguments: Sequence[str]) -> None:
+    from mtrl_imgrad import bench_solvers
+    from mtrl_imgrad.bench import as_json, bench_envs, disturbance, table
+
+    options = bench_options(arguments)
+    if isinstance(options, SolverBenchOptions):
+        with told_as_user_errors():
+            measured = bench_solvers.bench_solvers(options.tasks, options.repeats)
+        print(bench_solvers.table(measured))
+        if options.json:
+            settings = dataclasses.asdict(options) | {"json": str(options.json)}
+            options.json.write_text(bench_solvers.as_json(measured, settings))
+        return
+    tasks = options.benchmark.upper()
     with told_as_user_errors():
         measured = bench_envs(tasks, options.steps, options.repeats, options.options)
     print(f"{tasks}, runs of {options.steps} vector steps with their resets, {options.repeats} rounds")
@@ -337,7 +367,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
 
   train      train an agent:                {PROGRAM} train --config quickstart
   evaluate   evaluate a run on every goal:  {PROGRAM} evaluate runs/NAME
-  bench      measure the environments:      {PROGRAM} bench envs
+  bench      measure environments, solvers: {PROGRAM} bench envs|solvers
   list       show what there is to choose:  {PROGRAM} list tasks|aggregators|configs
 
 {PROGRAM} COMMAND --help explains every field."""

@@ -20,6 +20,7 @@ from mtrl_imgrad import config as config_module
 from mtrl_imgrad.aggregators import AGGREGATORS, CAGrad, ConicGrad, IMGrad, Mean
 from mtrl_imgrad.cli import field_names, main, parse_config
 from mtrl_imgrad.config import Config, EvalConfig, LogConfig, NetworkConfig, aggregator_name, to_dict
+from mtrl_imgrad.listing import COLUMNS
 from mtrl_imgrad.run import Run
 
 ROOT = Path(__file__).parents[1]
@@ -492,11 +493,18 @@ class TestList:
         assert tuple(lines["MT10"].split()) == MT10
         assert tuple(lines["MT50"].split()) == MT50
 
-    def test_aggregators_with_their_fields(self, capsys):
+    def test_aggregators_with_their_facts_one_a_line(self, capsys):
         assert main(["list", "aggregators"]) == 0
-        said = capsys.readouterr().out
-        assert [line.split()[0] for line in said.splitlines()[::2]] == list(AGGREGATORS)
-        assert "c=0.4, variant='official'" in said
+        title, *lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in lines] == list(AGGREGATORS)
+        starts = [title.index(column) for column in COLUMNS]
+        assert all(line[start - 1] == " " != line[start] for line in lines for start in starts[1:])
+        imgrad = next(line for line in lines if line.startswith("imgrad "))
+        cells = [imgrad[start:end].strip() for start, end in itertools.pairwise([*starts, None])]
+        assert cells[:4] == ["imgrad", "Zhou et al. 2025, arXiv 2503.08006", "Gramian", "no"]
+        assert cells[4].startswith("c=0.4, variant=official")
+        assert IMGrad.__doc__ is not None
+        assert cells[5] == IMGrad.__doc__.splitlines()[0]
 
     def test_configurations_with_their_first_line(self, capsys):
         assert main(["list", "configs"]) == 0

@@ -47,6 +47,8 @@ class CAGrad(Aggregator):
     c < 1 gives <g0, d> > 0; the direction tends to MGDA's as c grows.
     """
 
+    paper = "Liu et al. 2021, arXiv 2110.14048"
+
     c: float = 0.4
     """Radius of the ball as a fraction of the mean gradient's norm (>= 0)."""
 

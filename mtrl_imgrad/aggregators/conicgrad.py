@@ -42,6 +42,8 @@ class ConicGrad(Aggregator):
     direction; K identical gradients g give g.
     """
 
+    paper = "Hassanpour et al. 2025, arXiv 2502.00217"
+
     c: float = 0.5
     """Cosine of the cone's half-angle around the mean gradient (0 to 1)."""
 

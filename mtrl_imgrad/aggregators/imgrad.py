@@ -40,6 +40,8 @@ class IMGrad(Aggregator):
     ||d - g0|| = c ||g0||; K identical gradients g give (1 + c) g times the factor; c = 0 gives g0.
     """
 
+    paper = "Zhou et al. 2025, arXiv 2503.08006"
+
     c: float = 0.4
     """Radius of the ball as a fraction of the mean gradient's norm (>= 0)."""
 

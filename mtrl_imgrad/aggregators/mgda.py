@@ -52,6 +52,8 @@ class MGDA(Aggregator):
     identical gradients g give g. No state. Cost: one solve (see `solvers.simplex`). Diagnostics: `gap`.
     """
 
+    paper = "Sener and Koltun 2018, arXiv 1810.04650"
+
     solver: Route = "auto"
     """Where the K x K problem is solved: host (numpy), device (torch, no host copy), or auto (host for CPU tensors)."""
 

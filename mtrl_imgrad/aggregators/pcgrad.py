@@ -26,6 +26,8 @@ class PCGrad(Aggregator):
     equal gradients give 0; permuting the tasks and `noise` together permutes the weights.
     """
 
+    paper = "Yu et al. 2020, arXiv 2001.06782"
+
     def draw_noise(
         self, num_tasks: int, generator: torch.Generator | None = None, parameters: int = 0
     ) -> Float[Tensor, "tasks tasks"]:

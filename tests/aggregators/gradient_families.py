@@ -1,18 +1,50 @@
-"""Six families of per-task gradients J [tasks, P], and the rules that the tests run over them."""
+"""Seven families of per-task gradients J [tasks, P], and the rules that the tests run over them."""
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
+
+import numpy as np
 import torch
 from torch import Tensor
 
 from mtrl_imgrad.aggregators import MGDA, Aggregator, CAGrad, ConicGrad, IMGrad, Mean, PCGrad
 
-FAMILIES = ("gauss", "shared", "imbalanced", "parallel", "conflict", "lowrank")
+FAMILIES = ("gauss", "shared", "imbalanced", "parallel", "conflict", "lowrank", "mt10")
 ROUTES = ("host", "device")
 
 
+LOGGED = Path(__file__).parents[1] / "data" / "mt10_gramians.npz"
+USED = 12
+"""Logged Gramians that the tests use, half of them of the critics, evenly spaced over the training."""
+
+
+@cache
+def logged_gramians() -> Tensor:
+    """A few of the Gramians that scripts/log_gramians.py kept, in the order of the training."""
+    with np.load(LOGGED) as file:
+        chosen = np.linspace(0, len(file["steps"]) - 1, USED // 2).astype(int)
+        pairs = np.stack([file["critic"][chosen], file["actor"][chosen]], axis=1)
+    return torch.from_numpy(pairs.reshape(USED, *pairs.shape[-2:]))
+
+
+def mt10_gradients(num_tasks: int, length: int, generator: torch.Generator, seed: int) -> Tensor:
+    """Some tasks of a logged Gramian, in a random order, as rows in a random orthonormal frame. More tasks than ten are
+    those of several Gramians at root mean square norm 1, each in a frame of its own."""
+    blocks: list[Tensor] = []
+    for block in range(-(-num_tasks // 10)):
+        gramian = logged_gramians()[(seed + block) % USED]
+        factor = torch.linalg.cholesky(gramian / (gramian.diagonal().mean() if num_tasks > 10 else 1.0))
+        frame, _ = torch.linalg.qr(torch.randn(length, 10, generator=generator, dtype=torch.float64))
+        order = torch.randperm(10, generator=generator)[: num_tasks - 10 * block]
+        blocks.append(factor[order] @ frame.mT)
+    return torch.cat(blocks)
+
+
 def gradients(family: str, num_tasks: int, seed: int = 0) -> Tensor:
-    """float64 gradients of length 4 K + 7; `lowrank` has rank min(K, 5), so 0 lies in the hull for larger K."""
+    """float64 gradients of length 4 K + 7; `lowrank` has rank min(K, 5), so 0 lies in the hull for larger K; `mt10` has
+    the inner products of gradients in training."""
     generator = torch.Generator().manual_seed(seed)
     length = 4 * num_tasks + 7
 
@@ -32,6 +64,8 @@ def gradients(family: str, num_tasks: int, seed: int = 0) -> Tensor:
         return rows - 0.8 * rows.mean(0)
     if family == "lowrank":
         return normal(num_tasks, min(num_tasks, 5)) @ normal(min(num_tasks, 5), length)
+    if family == "mt10":
+        return mt10_gradients(num_tasks, length, generator, seed)
     raise ValueError(family)
 
 
