@@ -8,16 +8,27 @@ import sys
 from dataclasses import is_dataclass
 from pathlib import Path
 
+from mtrl_imgrad.aggregators.adatask import AdaTask
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given
 from mtrl_imgrad.aggregators.cagrad import CAGrad
+from mtrl_imgrad.aggregators.config_gradient import ConFIG
 from mtrl_imgrad.aggregators.conicgrad import ConicGrad
+from mtrl_imgrad.aggregators.dbmtl import DBMTL
+from mtrl_imgrad.aggregators.dwa import DWA
+from mtrl_imgrad.aggregators.famo import FAMO
+from mtrl_imgrad.aggregators.graddrop import GradDrop
+from mtrl_imgrad.aggregators.gradnorm import GradNorm
 from mtrl_imgrad.aggregators.imgrad import IMGrad
 from mtrl_imgrad.aggregators.mean import Mean
 from mtrl_imgrad.aggregators.mgda import MGDA
+from mtrl_imgrad.aggregators.moco import MoCo
 from mtrl_imgrad.aggregators.pcgrad import PCGrad
+from mtrl_imgrad.aggregators.rlw import RLW
+from mtrl_imgrad.aggregators.uncertainty_weighting import UncertaintyWeighting
 
 __all__ = [
-    "AGGREGATORS", "MGDA", "Aggregation", "Aggregator", "CAGrad", "ConicGrad", "Given", "IMGrad", "Mean", "PCGrad",
+    "AGGREGATORS", "DBMTL", "DWA", "FAMO", "MGDA", "RLW", "AdaTask", "Aggregation", "Aggregator", "CAGrad", "ConFIG",
+    "ConicGrad", "Given", "GradDrop", "GradNorm", "IMGrad", "Mean", "MoCo", "PCGrad", "UncertaintyWeighting",
     "resolve",
 ]  # fmt: skip
 
@@ -28,6 +39,16 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
     "cagrad": CAGrad,
     "imgrad": IMGrad,
     "conicgrad": ConicGrad,
+    "graddrop": GradDrop,
+    "moco": MoCo,
+    "dbmtl": DBMTL,
+    "config": ConFIG,
+    "uw": UncertaintyWeighting,
+    "rlw": RLW,
+    "dwa": DWA,
+    "gradnorm": GradNorm,
+    "famo": FAMO,
+    "adatask": AdaTask,
 }
 
 
