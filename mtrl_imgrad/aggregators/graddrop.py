@@ -14,8 +14,8 @@ from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, Needs, 
 
 @dataclass(frozen=True)
 class GradDrop(Aggregator):
-    """Per coordinate: p = (1 + sum_i g_i / sum_i |g_i|) / 2, u uniform in [0, 1); positive g_i are kept if p > u, negative
-    ones if p < u (Algorithm 1, lines 10 to 15). d = (1/K) sum_i (leak + (1 - leak) kept_i) g_i.
+    """Per coordinate: p = (1 + sum_i g_i / sum_i |g_i|) / 2, u uniform in [0, 1); positive g_i are kept if p > u,
+    negative ones if p < u (Algorithm 1, lines 10 to 15). d = (1/K) sum_i (leak + (1 - leak) kept_i) g_i.
 
     Differences: the paper masks the gradient with respect to a shared activation, this the gradient of the shared
     parameters, as CAGrad's and TorchJD's codes do. The paper and TorchJD sum; this is the mean. CAGrad's code adds 1e-8
@@ -26,7 +26,7 @@ class GradDrop(Aggregator):
     part of its squared norm that was kept, over K.
 
     Identities: where all signs agree, and for leak = 1, d is the mean gradient (K identical g give g); without leak
-    each coordinate of d is the sum of its positive or of its negative g_i, over K, and E[d] has the sign of the mean;
+    each coordinate of d is the sum of its positive or of its negative g_i, over K, and E[d] is the mean gradient;
     homogeneous of degree 1 for given random numbers; the order of the tasks does not matter.
     """
 

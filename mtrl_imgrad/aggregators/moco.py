@@ -8,7 +8,6 @@ from typing import ClassVar, Literal
 import torch
 
 from mtrl_imgrad.aggregators.base import (
-    ZERO_NORM,
     Aggregation,
     Aggregator,
     Given,
@@ -101,7 +100,7 @@ class MoCo(Aggregator):
         products = (tracked @ tracked.mT).double()
         if self.normalization == "gramian":
             size = products.diagonal().mean()
-            products = products / torch.where(size > ZERO_NORM**2 * given.scale, size, torch.inf)
+            products = products / torch.where(size > 0, size, torch.inf)
         gamma = self.gamma / calls**self.gamma_decay
         moved = weights - gamma * (products @ weights + self.rho * weights)
         weights = project_onto_simplex(moved) if self.projection == "simplex" else moved.softmax(-1)
