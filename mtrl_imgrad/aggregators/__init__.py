@@ -53,7 +53,8 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
 
 
 def resolve(name: str) -> type[Aggregator]:
-    """The rule called `name`: a key of AGGREGATORS, or `module:Class` (the current directory is searched first).
+    """The rule called `name`: a key of AGGREGATORS, `torchjd:Name` for one of TorchJD's, or `module:Class` (the current
+    directory is searched first).
 
     Raises:
         ValueError: in one line, what was given and what is allowed.
@@ -66,6 +67,8 @@ def resolve(name: str) -> type[Aggregator]:
         raise ValueError(f"aggregator: got {name!r}; {hint}allowed: {', '.join(AGGREGATORS)}, or module:Class")
 
     module_name, _, class_name = name.partition(":")
+    if module_name == "torchjd":
+        return _of_torchjd(class_name)
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -86,3 +89,13 @@ def resolve(name: str) -> type[Aggregator]:
     if not (isinstance(rule, type) and issubclass(rule, Aggregator) and is_dataclass(rule)):
         raise ValueError(f"aggregator: {name!r} is not a dataclass derived from mtrl_imgrad.aggregators.Aggregator")
     return rule
+
+
+def _of_torchjd(name: str) -> type[Aggregator]:
+    try:
+        from mtrl_imgrad.aggregators.torchjd import named
+    except ImportError as error:
+        raise ValueError(
+            f"aggregator: 'torchjd:{name}' needs TorchJD: pip install 'mtrl_imgrad[torchjd]' ({error})"
+        ) from error
+    return named(name)

@@ -16,5 +16,5 @@ def project_onto_simplex(v: Float[Tensor, "*batch tasks"]) -> Float[Tensor, "*ba
     ordered = v.sort(dim=-1, descending=True).values
     counts = torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
     thresholds = (ordered.cumsum(-1) - 1) / counts
-    last = (ordered > thresholds).sum(-1, keepdim=True) - 1
+    last = ((ordered > thresholds).sum(-1, keepdim=True) - 1).clamp_min(0)  # with a NaN none exceeds: NaN comes out
     return (v - thresholds.gather(-1, last)).clamp_min(0.0)
