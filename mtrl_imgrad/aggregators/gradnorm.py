@@ -26,7 +26,7 @@ class GradNorm(Aggregator):
     all shared parameters, the root of M's diagonal, as in metaworld-algorithms; the paper takes the last shared layer
     alone. The norms are divided by their root mean square in each call, so that the scale of the gradients does not
     matter. mtrl's code overwrites L(0) at every step and never stores the rescaled weights. Where L_i(0) = 0 the ratio
-    counts as 1. Tasks without gradient are left out of the means, and their xi takes no part in the step's gradient.
+    counts as 1. Tasks without gradient are left out of the objective.
 
     Values: alpha = 0.12 and Adam at 3e-4 in metaworld-algorithms (MT10, MT50); mtrl has alpha = 1 and 1e-6; the paper's
     alpha is 1.5 or 0.12, by data set. Losses must not be negative: critics only. State: xi and its Adam, L(0). Cost
@@ -64,11 +64,12 @@ class GradNorm(Aggregator):
 
         norms = given.gramian.diagonal(dim1=-2, dim2=-1).sqrt()
         shares = state["logits"].softmax(-1)
-        weighted = losses.shape[-1] * shares * norms
+        among_active = shares * active / (shares * active).sum(-1, keepdim=True)
+        weighted = count * among_active * norms
         mean_norm = weighted.sum(-1, keepdim=True) / count
         excess = weighted - mean_norm * rates**self.alpha
         slope = torch.where(excess.abs() > REACHED * mean_norm, excess.sign(), 0.0) * norms
         # The softmax's Jacobian, K (diag(z) - z z^T), times the slope.
-        slope = losses.shape[-1] * shares * (slope - (shares * slope).sum(-1, keepdim=True)) * active
+        slope = count * among_active * (slope - (among_active * slope).sum(-1, keepdim=True))
         new = adam(state, "logits", slope, self.w_lr) | {"initial_losses": initial}
         return Aggregation(shares, state=new, own_weights=shares)
