@@ -64,7 +64,9 @@ def resolve(name: str) -> type[Aggregator]:
             return AGGREGATORS[name]
         near = difflib.get_close_matches(name.lower(), AGGREGATORS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"aggregator: got {name!r}; {hint}allowed: {', '.join(AGGREGATORS)}, or module:Class")
+        raise ValueError(
+            f"aggregator: got {name!r}; {hint}allowed: {', '.join(AGGREGATORS)}, torchjd:Name, or module:Class"
+        )
 
     module_name, _, class_name = name.partition(":")
     if module_name == "torchjd":

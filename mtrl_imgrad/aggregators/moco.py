@@ -36,6 +36,8 @@ class MoCo(Aggregator):
     divides Y Y^T by its mean diagonal, so that the scale of the gradients does not matter; `none` is the paper's; in
     `loss`, LibMTL's, H has rows L_i g_i / ||g_i||.
 
+    A task without gradient in a call has weight 0 in it; as a row of zeros it would draw all the weight.
+
     Values for RL are unknown; the defaults are LibMTL's beta = .5 / t^.5, gamma = .1 / t^.5, rho = 0. State: Y [K, P],
     w, t. Needs J, and for `loss` the losses. Cost O(K^2 P). The logged weights are w.
 
@@ -71,10 +73,10 @@ class MoCo(Aggregator):
 
     def __post_init__(self) -> None:
         check_range("MoCo.beta", self.beta, 0.0, 1.0)
-        check_range("MoCo.gamma", self.gamma, 0.0, 1e6)
+        check_range("MoCo.gamma", self.gamma, 0.0, 1e30)
         for name in ("beta_decay", "gamma_decay"):
             check_range(f"MoCo.{name}", getattr(self, name), 0.0, 10.0)
-        check_range("MoCo.rho", self.rho, 0.0, 1e6)
+        check_range("MoCo.rho", self.rho, 0.0, 1e30)
         check_choice("MoCo.projection", self.projection, PROJECTIONS)
         check_choice("MoCo.normalization", self.normalization, NORMALIZATIONS)
 
@@ -103,6 +105,8 @@ class MoCo(Aggregator):
             products = products / torch.where(size > 0, size, torch.inf)
         gamma = self.gamma / calls**self.gamma_decay
         moved = weights - gamma * (products @ weights + self.rho * weights)
+        present = given.active & (tracked.abs().amax(-1) > 0)
+        moved = torch.where(present | ~present.any(), moved, -torch.inf)
         weights = project_onto_simplex(moved) if self.projection == "simplex" else moved.softmax(-1)
         state = {"tracked": tracked, "weights": weights, "calls": calls}
         return Aggregation(weights, state=state, direction=weights.to(rows.dtype) @ tracked)

@@ -11,7 +11,7 @@ def project_onto_simplex(v: Float[Tensor, "*batch tasks"]) -> Float[Tensor, "*ba
     """argmin over w >= 0, sum w = 1 of ||w - v||, by one sort.
 
     It is max(v - t, 0) with t = (sum of the n largest - 1) / n for the largest n at which the n-th largest still
-    exceeds t.
+    exceeds t. An entry of -inf gets 0, if another is finite.
     """
     ordered = v.sort(dim=-1, descending=True).values
     counts = torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
