@@ -142,7 +142,8 @@ def test_famo_lowers_the_logits_of_the_tasks_whose_losses_fell_more(monkeypatch:
     update(learner)
     falls = seen[0][0].log() - seen[0][1].log()
     # Adam's first step has the length of its step size.
-    torch.testing.assert_close(learner.state["critic/rule/logits"], -0.025 * (falls - falls.mean()).sign().double())
+    expected = -0.025 * (falls - falls.mean()).sign().double()
+    torch.testing.assert_close(learner.state["critic/rule/logits"], expected, rtol=1e-2, atol=0)
 
 
 def test_losses_that_overflow_after_the_critics_step_stop_the_update(monkeypatch: pytest.MonkeyPatch) -> None:
