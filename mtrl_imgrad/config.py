@@ -297,16 +297,20 @@ class Config:
 
 
 def aggregator_name(rule: Aggregator) -> str:
-    """The registry name of a rule, or its import path `module:Class`.
+    """The registry name of a rule, `torchjd:Name`, or its import path `module:Class`.
 
     Raises:
-        ValueError: no other process could import the rule.
+        ValueError: no other process could make the rule again.
     """
     for name, cls in AGGREGATORS.items():
         if type(rule) is cls:
             return name
     if type(rule).__module__ == "__main__":
         raise ValueError(f"aggregator: {type(rule).__qualname__} is defined in a script; a run needs it in a module.")
+    if type(rule).__module__ == "mtrl_imgrad.aggregators.torchjd":
+        if type(rule).__name__ == "Wrapped":
+            raise ValueError(f"aggregator: {rule!r} cannot be written down; use one that plain parameters describe.")
+        return f"torchjd:{type(rule).__name__}"
     return f"{type(rule).__module__}:{type(rule).__qualname__}"
 
 

@@ -7,9 +7,10 @@ step. An update with a non-finite loss or gradient changes nothing but the count
 
 from __future__ import annotations
 
+import copy
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -105,7 +106,11 @@ class Learner:
         )
         self.actor = Actor(config.network, tasks, self.critic.encoding_size, action_size, product_dtype)
         rule = config.aggregator
-        self.rules: dict[str, Aggregator] = {"critic": rule, "actor": Mean() if rule.critic_only else rule}
+        # Copies, since a foreign rule may keep a state of its own.
+        self.rules: dict[str, Aggregator] = {
+            "critic": copy.deepcopy(rule),
+            "actor": Mean() if rule.critic_only else copy.deepcopy(rule),
+        }
         self.aggregation_seconds = 0.0
 
         critic = self.critic.layout.initial(generator).to(device)
@@ -196,6 +201,8 @@ class Learner:
                 new_losses = self.critic_loss.losses(self.critic(new["critic"], encoding_now, batch.actions), targets)
             seen = self.rules["critic"].after_step(self._remembered("critic", new), critic_losses.detach(), new_losses)
             new |= {f"critic/rule/{key}": value for key, value in seen.items()}
+            overflown = ~torch.isfinite(new_losses) & critic_step.finite & ~critic_step.bad.any()
+            critic_step = replace(critic_step, bad=critic_step.bad | overflown)
 
         values = self.critic_loss.values(self.critic(new["critic"], self.critic.encode(new["critic"], inputs), actions))
         actor_losses = sac.actor_losses(alpha, log_prob, values)

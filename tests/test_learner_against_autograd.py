@@ -101,17 +101,27 @@ def test_five_updates_with_the_mean_equal_plain_autograd(case):
 
 
 @pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
-def test_the_step_is_the_combination_of_task_gradients_by_the_logged_weights(rule):
+def test_the_step_is_what_the_rule_makes_of_the_task_gradients(rule):
+    """The rule is called here with gradients, Gramian and losses from plain autograd."""
     learner = small_learner(double=True, rule=rule, network={"kind": "multi_head"})
     batch, noise = random_batch(dtype=torch.float64), draw_noise(learner)
     reference = Reference(learner)
     losses = reference.critic_losses(batch, noise.actions[1], learner.state["log_alpha"].exp())
     leaf = reference.leaves["critic"]
     J = torch.stack([torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in losses])
+    shared, old = learner.critic.layout.shared_size, learner.state["critic"].clone()
+    rows, own_rows = J[:, :shared], J[:, shared:]
+    needed = rows if rule.needs == "jacobian" else None
+    expected = rule.aggregate(rows @ rows.T, noise.critic, losses, needed)
+    own_weights = torch.full_like(losses, 1 / len(losses)) if expected.own_weights is None else expected.own_weights
 
     metrics = learner.update(batch, noise)
-    weights, shared = metrics.per_task["gradients/critic/weight"], learner.critic.layout.shared_size
+    close = {"rtol": 1e-8, "atol": 1e-12}
+    torch.testing.assert_close(metrics.per_task["gradients/critic/weight"], expected.weights, **close)
+    torch.testing.assert_close(metrics.per_task["gradients/critic/norm"], rows.norm(dim=1))
+    combined = expected.weights @ rows if expected.direction is None else expected.direction
     direction = learner.state["critic/m"] / 0.1  # after one step Adam's first moment is a tenth of the gradient
-    torch.testing.assert_close(direction[:shared], weights @ J[:, :shared], rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(direction[shared:], J[:, shared:].mean(0), rtol=1e-8, atol=1e-12)
-    torch.testing.assert_close(metrics.per_task["gradients/critic/norm"], J[:, :shared].norm(dim=1))
+    torch.testing.assert_close(direction[:shared], combined, **close)
+    torch.testing.assert_close(direction[shared:], own_weights @ own_rows, **close)
+    if rule.preconditioned:
+        torch.testing.assert_close((old - learner.state["critic"])[:shared], 3e-4 * combined, **close)

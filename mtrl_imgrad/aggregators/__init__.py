@@ -8,16 +8,27 @@ import sys
 from dataclasses import is_dataclass
 from pathlib import Path
 
+from mtrl_imgrad.aggregators.adatask import AdaTask
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given
 from mtrl_imgrad.aggregators.cagrad import CAGrad
+from mtrl_imgrad.aggregators.config_gradient import ConFIG
 from mtrl_imgrad.aggregators.conicgrad import ConicGrad
+from mtrl_imgrad.aggregators.dbmtl import DBMTL
+from mtrl_imgrad.aggregators.dwa import DWA
+from mtrl_imgrad.aggregators.famo import FAMO
+from mtrl_imgrad.aggregators.graddrop import GradDrop
+from mtrl_imgrad.aggregators.gradnorm import GradNorm
 from mtrl_imgrad.aggregators.imgrad import IMGrad
 from mtrl_imgrad.aggregators.mean import Mean
 from mtrl_imgrad.aggregators.mgda import MGDA
+from mtrl_imgrad.aggregators.moco import MoCo
 from mtrl_imgrad.aggregators.pcgrad import PCGrad
+from mtrl_imgrad.aggregators.rlw import RLW
+from mtrl_imgrad.aggregators.uncertainty_weighting import UncertaintyWeighting
 
 __all__ = [
-    "AGGREGATORS", "MGDA", "Aggregation", "Aggregator", "CAGrad", "ConicGrad", "Given", "IMGrad", "Mean", "PCGrad",
+    "AGGREGATORS", "DBMTL", "DWA", "FAMO", "MGDA", "RLW", "AdaTask", "Aggregation", "Aggregator", "CAGrad", "ConFIG",
+    "ConicGrad", "Given", "GradDrop", "GradNorm", "IMGrad", "Mean", "MoCo", "PCGrad", "UncertaintyWeighting",
     "resolve",
 ]  # fmt: skip
 
@@ -28,11 +39,22 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
     "cagrad": CAGrad,
     "imgrad": IMGrad,
     "conicgrad": ConicGrad,
+    "graddrop": GradDrop,
+    "moco": MoCo,
+    "dbmtl": DBMTL,
+    "config": ConFIG,
+    "uw": UncertaintyWeighting,
+    "rlw": RLW,
+    "dwa": DWA,
+    "gradnorm": GradNorm,
+    "famo": FAMO,
+    "adatask": AdaTask,
 }
 
 
 def resolve(name: str) -> type[Aggregator]:
-    """The rule called `name`: a key of AGGREGATORS, or `module:Class` (the current directory is searched first).
+    """The rule called `name`: a key of AGGREGATORS, `torchjd:Name` for one of TorchJD's, or `module:Class` (the current
+    directory is searched first).
 
     Raises:
         ValueError: in one line, what was given and what is allowed.
@@ -42,9 +64,13 @@ def resolve(name: str) -> type[Aggregator]:
             return AGGREGATORS[name]
         near = difflib.get_close_matches(name.lower(), AGGREGATORS, n=1)
         hint = f"did you mean {near[0]!r}? " if near else ""
-        raise ValueError(f"aggregator: got {name!r}; {hint}allowed: {', '.join(AGGREGATORS)}, or module:Class")
+        raise ValueError(
+            f"aggregator: got {name!r}; {hint}allowed: {', '.join(AGGREGATORS)}, torchjd:Name, or module:Class"
+        )
 
     module_name, _, class_name = name.partition(":")
+    if module_name == "torchjd":
+        return _of_torchjd(class_name)
     here = str(Path.cwd())
     sys.path.insert(0, here)
     try:
@@ -65,3 +91,13 @@ def resolve(name: str) -> type[Aggregator]:
     if not (isinstance(rule, type) and issubclass(rule, Aggregator) and is_dataclass(rule)):
         raise ValueError(f"aggregator: {name!r} is not a dataclass derived from mtrl_imgrad.aggregators.Aggregator")
     return rule
+
+
+def _of_torchjd(name: str) -> type[Aggregator]:
+    try:
+        from mtrl_imgrad.aggregators.torchjd import named
+    except ImportError as error:
+        raise ValueError(
+            f"aggregator: 'torchjd:{name}' needs TorchJD: pip install 'mtrl_imgrad[torchjd]' ({error})"
+        ) from error
+    return named(name)

@@ -102,7 +102,7 @@ class Aggregator(ABC):
 
     critic_only: ClassVar[bool] = False
     """Whether training applies the rule to the critics alone, and the mean to the actor: rules that take a loss for a
-    distance from zero, which an actor's loss is not."""
+    distance from zero, which an actor's loss is not. A task with a negative loss gets the weight NaN."""
 
     sees_new_losses: ClassVar[bool] = False
     """Whether `after_step` wants the losses on the same batch after the step."""
@@ -201,9 +201,11 @@ class Aggregator(ABC):
         result = self.solve(given)
 
         outside = torch.where(finite, 0.0, torch.nan).to(torch.float64)
-        own = result.own_weights
+        weights, own = torch.where(active, result.weights, outside[..., None]), result.own_weights
+        if self.critic_only and given.losses is not None:
+            weights = torch.where(given.losses < 0, torch.nan, weights)  # the caller sees whose loss it was
         return Aggregation(
-            weights=torch.where(active, result.weights, outside[..., None]),
+            weights=weights,
             diagnostics={key: torch.where(usable, value, outside) for key, value in result.diagnostics.items()},
             state=dict(state) | result.state,
             # A task without a gradient of the shared parameters may have one of its own.

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtrl_imgrad.aggregators import MGDA, Aggregator, CAGrad, ConicGrad, IMGrad, Mean, PCGrad
+from mtrl_imgrad.aggregators import MGDA, RLW, Aggregator, CAGrad, ConFIG, ConicGrad, IMGrad, Mean, PCGrad
 
 FAMILIES = ("gauss", "shared", "imbalanced", "parallel", "conflict", "lowrank", "mt10")
 ROUTES = ("host", "device")
@@ -80,6 +80,8 @@ RULES: dict[str, Aggregator] = {
     "imgrad-eq11": IMGrad(variant="eq11"),
     "conicgrad": ConicGrad(),
     "conicgrad-mgda-regime": ConicGrad(c=0.05),
+    "config": ConFIG(),
+    "rlw": RLW(),
 }
 SOLVED = ("mgda", "cagrad", "imgrad-official", "imgrad-eq9", "imgrad-eq11", "conicgrad", "conicgrad-mgda-regime")
 
