@@ -1,4 +1,4 @@
-"""One thread of torch for all tests, so that their figures and their speed do not depend on the machine."""
+"""One thread of torch and no deadline in any test: neither figures nor verdicts depend on the machine's speed."""
 
 from __future__ import annotations
 
@@ -6,8 +6,12 @@ import csv
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
+
+hypothesis.settings.register_profile("no deadline", deadline=None)
+hypothesis.settings.load_profile("no deadline")
 
 Rows = list[dict[str, str]]
 

@@ -58,7 +58,7 @@ def _all_starts(replay: Replay) -> torch.Tensor:
     return pairs.T[:, None, :].expand(2, replay.tasks, -1)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     seed=st.integers(0, 2**31), steps=st.integers(1, 40), length=st.integers(1, 15), n_step=st.integers(1, 6),
     envs=st.integers(1, 3),

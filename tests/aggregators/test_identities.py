@@ -20,7 +20,7 @@ IDENTICAL = dict.fromkeys(RULES, 1.0) | dict.fromkeys(
 everywhere = given(
     family=st.sampled_from(FAMILIES), num_tasks=st.integers(1, 8), seed=st.integers(0, 10_000), data=st.data()
 )
-few = settings(max_examples=15, deadline=None, derandomize=True)
+few = settings(max_examples=15, derandomize=True)
 # Where 0 is in the hull some minimisers are ill-conditioned functions of M; 1e-5 of the gradients' size bounds that.
 TOLERANCE = 1e-5
 

@@ -277,7 +277,8 @@ class TestFailures:
 
 
 SCRIPT = textwrap.dedent("""
-    import numpy as np, sys, time
+    import numpy as np, signal, sys, time
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have had it ignored
     sys.path.insert(0, {here!r})
     import zero_cost
     from mtrl_imgrad.envs import Goals, MetaworldVectorEnv
