@@ -113,7 +113,7 @@ def test_rules_of_every_kind_take_the_same_steps():
         SEEN.clear()
         for given, other in zip(toy.descend(rule, toy.STARTS, 100), expected, strict=True):
             np.testing.assert_allclose(given, other, atol=1e-9)
-        assert SEEN == [*range(100)] * walks, "the state of one call is not that of the next"
+        assert [*range(100)] * walks == SEEN, "the state of one call is not that of the next"
 
 
 def test_a_preconditioned_direction_is_the_step_itself():
