@@ -50,6 +50,18 @@ def test_every_way_finds_the_same_direction(num_tasks, family):
     assert compared >= 2 * len(KERNEL_RULES)
 
 
+def test_the_cone_is_active_somewhere_and_answered_alike():
+    gramian = torch.from_numpy(random_gramian("imbalanced", 3, seed=1))
+    factor = np.linalg.cholesky(gramian.numpy())
+    calls, _ = options(3)
+    ours = bench_solvers.AGGREGATORS["conicgrad"](c=bench_solvers.CONE).aggregate(gramian)  # pyright: ignore
+    assert ours.diagnostics["cos_theta"] < bench_solvers.CONE
+    expected = ours.weights.numpy() @ factor
+    for way in ("clarabel", "slsqp"):
+        given = np.asarray(calls["conicgrad", way](gramian)) @ factor
+        assert np.linalg.norm(given - expected) < 2e-3 * np.linalg.norm(expected)
+
+
 def test_clarabel_is_given_new_data_at_every_call():
     clarabel = bench_solvers.Clarabel(3)
     for seed in (1, 2, 1):

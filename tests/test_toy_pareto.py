@@ -60,6 +60,9 @@ def test_every_rule_walks(name):
     assert outcome.reached(toy.front()) == ["neither"] * len(toy.STARTS)
 
 
+SEEN: list[float] = []
+
+
 @dataclass(frozen=True)
 class Recording(Aggregator):
     """The mean gradient, by way of the Jacobian or of losses; it counts its calls."""
@@ -68,6 +71,7 @@ class Recording(Aggregator):
         return {"calls": torch.zeros(shape), "columns": torch.tensor(parameters)}
 
     def solve(self, given: Given) -> Aggregation:
+        SEEN.append(float(given.state["calls"].max()))
         weights = torch.full_like(given.active, 0.5, dtype=torch.float64)
         return Aggregation(weights, state={"calls": given.state["calls"] + 1})
 
@@ -105,9 +109,11 @@ class ByLosses(Recording):
 
 def test_rules_of_every_kind_take_the_same_steps():
     expected = toy.descend(AGGREGATORS["mean"](), toy.STARTS, 100)
-    for rule in (ByJacobian(), ByLosses()):
+    for rule, walks in ((ByJacobian(), len(toy.STARTS)), (ByLosses(), 1)):
+        SEEN.clear()
         for given, other in zip(toy.descend(rule, toy.STARTS, 100), expected, strict=True):
             np.testing.assert_allclose(given, other, atol=1e-9)
+        assert [*range(100)] * walks == SEEN, "the state of one call is not that of the next"
 
 
 def test_a_preconditioned_direction_is_the_step_itself():
