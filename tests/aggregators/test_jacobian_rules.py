@@ -332,6 +332,13 @@ def test_moco_gives_a_task_without_gradient_no_weight() -> None:
         assert (jacobian @ result.direction > 0).all()
 
 
+def test_a_task_that_has_lost_its_gradient_has_no_part_in_mocos_direction() -> None:
+    rule, jacobian = MoCo(), torch.eye(3, dtype=torch.float64)
+    call(rule, jacobian)
+    jacobian[1] = 0
+    assert call(rule, jacobian).direction[1] == 0
+
+
 def test_moco_comes_to_rest_at_the_shortest_vector_of_the_hull() -> None:
     from mtrl_imgrad.aggregators import MGDA
 
