@@ -18,6 +18,7 @@ NEAR_ZERO = 1e-10
 RIDGES = (1e-13, 1e-10, 1e-7, 1e-4, 1e-1)  # fractions of diag(M) to add, see `simplex`
 CERTIFIED = 1e-9  # the relative gap above which the answer is withheld
 PIVOTS = 60
+ROUNDING = 1e-15
 
 solve_positive, factorise = get_lapack_funcs(("posv", "potrf"), dtype=np.float64)
 
@@ -48,17 +49,24 @@ def active_set(
     if found is None:
         return None
     matrix = found
+    lengths = np.sqrt(row_norms)
+    precisions = 1.0 / row_norms
     support, weights = np.ones(num_tasks, dtype=bool), np.zeros(num_tasks)
     fewest, patience = num_tasks + 1, 3
     for _ in range(PIVOTS):
         chosen = support.nonzero()[0]
-        values, curvature, level = support_minimiser(matrix[chosen[:, None], chosen], linear[chosen], norm, quadratic)
+        values, curvature, level = support_minimiser(
+            matrix[chosen[:, None], chosen], linear[chosen], norm, quadratic, precisions[chosen]
+        )
         wrong = np.zeros(num_tasks, dtype=bool)
         wrong[chosen] = values < 0
         if curvature > 0:
             weights[:] = 0.0
             weights[chosen] = values
-            wrong |= (linear + curvature * (matrix @ weights) < level - 1e-13) & ~support
+            image = matrix @ weights
+            # The first term is rounding error of slope i, by Cauchy and Schwarz.
+            noise = ROUNDING * (curvature * float(lengths @ weights) * lengths + np.abs(linear) + abs(level))
+            wrong |= (linear + curvature * image < level - noise) & ~support
         num_wrong = int(wrong.sum())
         if num_wrong == 0:
             break
@@ -66,7 +74,7 @@ def active_set(
             fewest, patience = num_wrong, 3
         else:
             patience -= 1
-        if patience >= 0:
+        if patience >= 0 and (support ^ wrong).any():
             support ^= wrong
         else:
             support[wrong.nonzero()[0][-1]] ^= True
@@ -87,14 +95,14 @@ def active_set(
     return (weights, weights / length, gap) if gap <= CERTIFIED else None
 
 
-def support_minimiser(matrix: Array, linear: Array, norm: float, quadratic: float) -> tuple[Array, float, float]:
+def support_minimiser(matrix: Array, linear: Array, norm: float, quadratic: float, precisions: Array) -> tuple[Array, float, float]:
     """The minimiser of f over sum w = 1 (signs free), its k = r / ||J^T w|| + q, and the multiplier of the constraint.
 
     Stationarity is p + k M w = level 1. With A = 1'M^-1 1, B = 1'M^-1 p and D = p'M^-1 p - B^2 / A it gives
     w = M^-1 ((k + B) / A 1 - p) / k and ||J^T w||^2 = 1 / A + D / k^2, so (k - q) sqrt(1 / A + D / k^2) = r, whose left
     side grows with k. If q = 0 and D >= r^2 there is no minimiser: the direction of descent comes back, with k = 0.
     """
-    offset = float(linear.mean())
+    offset = float(linear @ precisions) / float(precisions.sum())
     sides = np.ones((len(linear), 2), order="F")
     sides[:, 1] = linear - offset
     solved = solve_positive(matrix, sides, lower=1)[1]

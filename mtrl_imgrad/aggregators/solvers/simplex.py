@@ -142,14 +142,17 @@ def device_route(problem: Problem) -> SimplexSolution:
     linear = torch.where(active, problem.linear, 1.0)  # an inactive w_i costs 1, touches nothing else, and goes to 0
     uniform = ones / count
     best_weights, best_gap = uniform, certificate(problem, matrix, uniform).nan_to_num(nan=torch.inf)
-    image = (matrix @ uniform[..., None]).squeeze(-1)
-    length = ((uniform * image).sum(-1, keepdim=True) + (uniform * problem.row_norms).sum(-1, keepdim=True)).sqrt()
+    # The start: every task's share w_i ||g_i|| of the sum alike, and every w_i z_i the size of f's terms there.
+    weights = torch.where(active, problem.row_norms, 1.0).rsqrt()
+    weights = weights / (ones * weights).sum(-1, keepdim=True)
+    image = (matrix @ weights[..., None]).squeeze(-1)
+    length = ((weights * image).sum(-1, keepdim=True) + (weights * problem.row_norms.sqrt()).sum(-1, keepdim=True)**2).sqrt()
+    terms = (ones * weights * linear.abs()).sum(-1, keepdim=True) + (norm + quadratic * length) * length
+    terms = terms - (ones * linear).amin(-1, keepdim=True).clamp(max=0.0)
     slope = linear + (norm / length + quadratic) * image
     lowest = torch.where(active, slope, torch.inf).amin(-1, keepdim=True)
-    highest = torch.where(active, slope, -torch.inf).amax(-1, keepdim=True)
-    multipliers = torch.where(active, slope - 2.0 * lowest + highest + 1e-3, 1.0)
-    weights = torch.where(active, uniform, 1.0 / count)
-    unit, support, curvature = uniform / length, active, norm / length + quadratic
+    multipliers = torch.where(active, slope - lowest + terms, 1.0)
+    unit, support, curvature = ones * weights / length, active, norm / length + quadratic
 
     for _ in range(INTERIOR_POINT_STEPS):
         complementarity = (ones * weights * multipliers).sum(-1, keepdim=True) / count
@@ -161,7 +164,7 @@ def device_route(problem: Problem) -> SimplexSolution:
         unit, unit_image = unit / excess, unit_image / excess
         cross = unit_image[..., :, None] * image[..., None, :]
         curvature = norm / length + quadratic
-        lift = curvature * length**2 + 1.0
+        lift = curvature * length**2
         newton = (
             curvature[..., None] * smooth
             - (norm / (2.0 * length**2))[..., None] * (cross + cross.mT)
