@@ -150,8 +150,8 @@ def device_route(problem: Problem) -> SimplexSolution:
     terms = (ones * weights * linear.abs()).sum(-1, keepdim=True) + (norm + quadratic * length) * length
     terms = terms - (ones * linear).amin(-1, keepdim=True).clamp(max=0.0)
     slope = linear + (norm / length + quadratic) * image
-    lowest = torch.where(active, slope, torch.inf).amin(-1, keepdim=True)
-    multipliers = torch.where(active, slope - lowest + terms, 1.0)
+    level = (ones * weights * slope).sum(-1, keepdim=True)
+    multipliers = torch.where(active, (slope - level).abs() + terms, 1.0)
     unit, support, curvature = ones * weights / length, active, norm / length + quadratic
 
     for _ in range(INTERIOR_POINT_STEPS):
