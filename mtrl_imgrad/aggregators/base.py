@@ -163,7 +163,7 @@ class Aggregator(ABC):
             raise ValueError(f"gramian: got shape {tuple(gramian.shape)}, need [..., tasks, tasks] with tasks >= 1")
         if gramian.is_complex():
             raise ValueError(f"gramian: got dtype {gramian.dtype}, need a real dtype")
-        name, num_tasks = type(self).__name__, gramian.shape[-1]
+        name = type(self).__name__
         if self.needs == "losses" and (losses is None or losses.shape != gramian.shape[:-1]):
             shape = None if losses is None else tuple(losses.shape)
             raise ValueError(f"losses: got {shape}, {name} needs one per task")
