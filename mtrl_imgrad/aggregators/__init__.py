@@ -10,22 +10,29 @@ from pathlib import Path
 
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given
 from mtrl_imgrad.aggregators.cagrad import CAGrad
+from mtrl_imgrad.aggregators.cagrad_fast import CAGradFast
 from mtrl_imgrad.aggregators.conicgrad import ConicGrad
+from mtrl_imgrad.aggregators.gradvac import GradVac
 from mtrl_imgrad.aggregators.imgrad import IMGrad
 from mtrl_imgrad.aggregators.mean import Mean
 from mtrl_imgrad.aggregators.mgda import MGDA
 from mtrl_imgrad.aggregators.pcgrad import PCGrad
+from mtrl_imgrad.aggregators.sdmgrad import SDMGrad, SDMGradOS
 
 __all__ = [
-    "AGGREGATORS", "MGDA", "Aggregation", "Aggregator", "CAGrad", "ConicGrad", "Given", "IMGrad", "Mean", "PCGrad",
-    "resolve",
+    "AGGREGATORS", "MGDA", "Aggregation", "Aggregator", "CAGrad", "CAGradFast", "ConicGrad", "Given", "GradVac",
+    "IMGrad", "Mean", "PCGrad", "SDMGrad", "SDMGradOS", "resolve",
 ]  # fmt: skip
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
     "mean": Mean,
-    "pcgrad": PCGrad,
     "mgda": MGDA,
+    "pcgrad": PCGrad,
+    "gradvac": GradVac,
     "cagrad": CAGrad,
+    "cagrad_fast": CAGradFast,
+    "sdmgrad": SDMGrad,
+    "sdmgrad_os": SDMGradOS,
     "imgrad": IMGrad,
     "conicgrad": ConicGrad,
 }

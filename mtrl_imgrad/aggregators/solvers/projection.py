@@ -1,0 +1,31 @@
+"""The point of the simplex nearest to a vector, by sorting (Held, Wolfe and Crowder 1974): batched, without a loop."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+
+def project_onto_simplex(
+    vector: Float[Tensor, "*batch tasks"], active: Bool[Tensor, "*batch tasks"] | None = None
+) -> Float[Tensor, "*batch tasks"]:
+    """argmin over {w >= 0, sum w = 1, w = 0 for inactive tasks} of ||w - v||: w = max(v - t, 0) for the right t.
+
+    With v sorted downwards, t = (v_1 + ... + v_m - 1) / m for the largest m that leaves v_m > t.
+
+    Args:
+        vector: v, finite.
+        active: at least one per vector; None means all.
+    """
+    if active is None:
+        active = torch.ones_like(vector, dtype=torch.bool)
+    # v and v + constant have the same projection; with the largest entry at 0 no digits are lost to a common offset.
+    vector = vector - torch.where(active, vector, -torch.inf).amax(-1, keepdim=True)
+    # Entries more than 1 below the largest are 0 in the projection.
+    vector = torch.where(active, vector, -2.0).clamp_min(-2.0)
+    ordered = vector.sort(-1, descending=True).values
+    counts = torch.arange(1, vector.shape[-1] + 1, dtype=vector.dtype, device=vector.device)
+    thresholds = (ordered.cumsum(-1) - 1.0) / counts
+    support = (ordered > thresholds).sum(-1, keepdim=True)
+    return (vector - thresholds.gather(-1, support - 1)).clamp_min(0.0)
