@@ -85,8 +85,8 @@ class ConicGrad(Aggregator):
     def initial_state(self, shape: tuple[int, ...], parameters: int) -> State:
         if self.mode == "exact":
             return {}
-        zeros = torch.zeros(shape, dtype=torch.float64)
-        return {"logits": zeros, "first_moment": zeros, "second_moment": zeros, "steps": zeros[..., 0]}
+        state = {name: torch.zeros(shape, dtype=torch.float64) for name in ("logits", "first_moment", "second_moment")}
+        return state | {"steps": torch.zeros(shape[:-1], dtype=torch.float64)}
 
     def solve(self, given: Given) -> Aggregation:
         return self.solve_exactly(given) if self.mode == "exact" else self.take_one_step(given)

@@ -107,3 +107,22 @@ def exact_kernel(jacobian: Array, linear: Array, norm: float, quadratic: float, 
         terms = sum(abs(p) * x for p, x in zip(tilt, best, strict=True)) + r * length + q / 2 * length**2
         lacking = max(mp.mpf(0), -min(values))
         return np.array([float(x) for x in combined]), float((mp.fdot(best, slope) - min(slope)) / terms + lacking)
+
+
+def gradvac_direction(jacobian: Array, order: NDArray[np.int64], targets: Array, beta: float) -> tuple[Array, Array]:
+    """Algorithm 1 of the GradVac paper on explicit vectors, and the targets after it; the mean."""
+    targets, projected = targets.copy(), []
+    for task, gradient in enumerate(jacobian):
+        own = gradient.copy()
+        for other in order[task]:
+            partner = jacobian[other]
+            if other == task:
+                continue
+            length, partner_length = np.linalg.norm(own), np.linalg.norm(partner)
+            cosine, target = own @ partner / (length * partner_length), targets[task, other]
+            if cosine < target:
+                sine, target_sine = np.sqrt(1 - cosine**2), np.sqrt(1 - target**2)
+                own = own + length * (target * sine - cosine * target_sine) / (partner_length * target_sine) * partner
+            targets[task, other] = (1 - beta) * target + beta * cosine
+        projected.append(own)
+    return np.mean(projected, axis=0), targets
