@@ -55,7 +55,9 @@ class SDMGrad(Aggregator):
     Published command lines: lambda = 0.6 for MT10 and MT50. Cost: one solve. Diagnostics: `gap`.
 
     Identities: it is MGDA of the gradients g_i + lambda g0, over 1 + lambda, hence <d', g_i + lambda g0> >= ||d'||^2
-    for d' = (1 + lambda) d; lambda = 0 is MGDA, lambda towards infinity the mean; K identical gradients g give g.
+    for d' = (1 + lambda) d. It is the shortest combination whose weights are all >= lambda / ((1 + lambda) K), so
+    lambda has no effect where those of MGDA are anyway. lambda = 0 is MGDA, lambda towards infinity the mean; K
+    identical gradients g give g.
     """
 
     paper: ClassVar[str] = "Xiao et al. 2023, arXiv 2305.18409"

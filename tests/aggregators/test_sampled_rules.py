@@ -136,6 +136,20 @@ def test_no_regularisation_is_mgda_and_much_is_the_mean() -> None:
         assert relative_error(direction(SDMGrad(lam=1e9), jacobian), direction(Mean(), jacobian)) < 1e-7
 
 
+def test_sdmgrad_is_the_shortest_combination_with_weights_of_at_least_lambda_over_1_plus_lambda_k() -> None:
+    for family in ("conflict", "imbalanced", "shared"):
+        jacobian = gradients(family, 5)
+        gramian, floor = jacobian @ jacobian.mT, 0.6 / 1.6 / 5
+        weights = SDMGrad()(gramian).weights
+        assert weights.sum().item() == pytest.approx(1.0)
+        assert weights.min() >= floor - 1e-12
+        if MGDA()(gramian).weights.min() >= floor:
+            assert relative_error(weights @ jacobian, direction(MGDA(), jacobian)) < 1e-9
+        else:
+            assert weights.min() <= floor + 1e-9
+    assert MGDA()(gradients("conflict", 5) @ gradients("conflict", 5).mT).weights.min() > 0.6 / 1.6 / 5
+
+
 def test_a_task_without_gradient_changes_only_the_mean_of_sdmgrad() -> None:
     jacobian = gradients("shared", 4)
     extended = torch.cat([jacobian, torch.zeros_like(jacobian[:1])])
@@ -197,7 +211,7 @@ def test_empty_samples_fall_to_the_next_row_and_finally_to_the_smallest_number()
     ("rule", "field"), [(SDMGrad(), {"lam": 0.1}), (SDMGradOS(n=2), {"lam": 0.1}), (SDMGradOS(n=2), {"n": 5})], ids=str
 )
 def test_every_field_changes_something(rule: Aggregator, field: dict) -> None:
-    jacobian, noise = gradients("conflict", 6), noise_for(rule, 6, 3)
+    jacobian, noise = gradients("imbalanced", 6), noise_for(rule, 6, 3)
     changed = type(rule)(**(vars(rule) | field))
     assert relative_error(direction(changed, jacobian, noise), direction(rule, jacobian, noise)) > 1e-3
 
