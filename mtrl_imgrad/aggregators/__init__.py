@@ -11,6 +11,7 @@ from pathlib import Path
 from mtrl_imgrad.aggregators.adatask import AdaTask
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given
 from mtrl_imgrad.aggregators.cagrad import CAGrad
+from mtrl_imgrad.aggregators.cagrad_fast import CAGradFast
 from mtrl_imgrad.aggregators.config_gradient import ConFIG
 from mtrl_imgrad.aggregators.conicgrad import ConicGrad
 from mtrl_imgrad.aggregators.dbmtl import DBMTL
@@ -18,25 +19,31 @@ from mtrl_imgrad.aggregators.dwa import DWA
 from mtrl_imgrad.aggregators.famo import FAMO
 from mtrl_imgrad.aggregators.graddrop import GradDrop
 from mtrl_imgrad.aggregators.gradnorm import GradNorm
+from mtrl_imgrad.aggregators.gradvac import GradVac
 from mtrl_imgrad.aggregators.imgrad import IMGrad
 from mtrl_imgrad.aggregators.mean import Mean
 from mtrl_imgrad.aggregators.mgda import MGDA
 from mtrl_imgrad.aggregators.moco import MoCo
 from mtrl_imgrad.aggregators.pcgrad import PCGrad
 from mtrl_imgrad.aggregators.rlw import RLW
+from mtrl_imgrad.aggregators.sdmgrad import SDMGrad, SDMGradOS
 from mtrl_imgrad.aggregators.uncertainty_weighting import UncertaintyWeighting
 
 __all__ = [
-    "AGGREGATORS", "DBMTL", "DWA", "FAMO", "MGDA", "RLW", "AdaTask", "Aggregation", "Aggregator", "CAGrad", "ConFIG",
-    "ConicGrad", "Given", "GradDrop", "GradNorm", "IMGrad", "Mean", "MoCo", "PCGrad", "UncertaintyWeighting",
-    "resolve",
+    "AGGREGATORS", "DBMTL", "DWA", "FAMO", "MGDA", "RLW", "AdaTask", "Aggregation", "Aggregator", "CAGrad",
+    "CAGradFast", "ConFIG", "ConicGrad", "Given", "GradDrop", "GradNorm", "GradVac", "IMGrad", "Mean", "MoCo",
+    "PCGrad", "SDMGrad", "SDMGradOS", "UncertaintyWeighting", "resolve",
 ]  # fmt: skip
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
     "mean": Mean,
-    "pcgrad": PCGrad,
     "mgda": MGDA,
+    "pcgrad": PCGrad,
+    "gradvac": GradVac,
     "cagrad": CAGrad,
+    "cagrad_fast": CAGradFast,
+    "sdmgrad": SDMGrad,
+    "sdmgrad_os": SDMGradOS,
     "imgrad": IMGrad,
     "conicgrad": ConicGrad,
     "graddrop": GradDrop,

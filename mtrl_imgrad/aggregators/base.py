@@ -163,7 +163,7 @@ class Aggregator(ABC):
             raise ValueError(f"gramian: got shape {tuple(gramian.shape)}, need [..., tasks, tasks] with tasks >= 1")
         if gramian.is_complex():
             raise ValueError(f"gramian: got dtype {gramian.dtype}, need a real dtype")
-        name, num_tasks = type(self).__name__, gramian.shape[-1]
+        name = type(self).__name__
         if self.needs == "losses" and (losses is None or losses.shape != gramian.shape[:-1]):
             shape = None if losses is None else tuple(losses.shape)
             raise ValueError(f"losses: got {shape}, {name} needs one per task")
@@ -175,23 +175,26 @@ class Aggregator(ABC):
             initial = self.initial_state(tuple(gramian.shape[:-1]), parameters)
             state = {key: value.to(gramian.device) for key, value in initial.items()}
 
-        matrix = gramian.detach().to(torch.float64)
-        matrix = (matrix + matrix.mT) / 2
-        finite = torch.isfinite(matrix).all(-1).all(-1)
-        matrix = torch.where(finite[..., None, None], matrix, 0.0)
-        scale = matrix.diagonal(dim1=-2, dim2=-1).mean(-1)
-        divisor = torch.where(scale > 0, scale, 1.0)
-        matrix = matrix / divisor[..., None, None]
-        active = (matrix.diagonal(dim1=-2, dim2=-1) > ZERO_NORM**2) & (scale > 0)[..., None]
-        # Where no task has a gradient the rule sees an identity matrix, so that it need not think of the case.
+        # Few small operations: on a CPU each costs as much as a whole pass over M.
+        matrix = gramian.to(torch.float64)
+        matrix = (matrix + matrix.mT) * 0.5
+        outside = torch.linalg.vector_norm(matrix, torch.inf, dim=(-2, -1)) * 0.0  # NaN where M is not finite, else 0
+        diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+        scale = diagonal.mean(-1)
+        sized = scale > outside
+        divisor = torch.where(sized, scale, 1.0)
+        column = divisor.unsqueeze(-1)
+        active = (diagonal > ZERO_NORM**2 * column) & sized.unsqueeze(-1)
         usable = active.any(-1)
-        identity = torch.eye(num_tasks, dtype=torch.float64, device=matrix.device)
-        matrix = torch.where(active[..., :, None] & active[..., None, :], matrix, 0.0)
-        matrix = torch.where(usable[..., None, None], matrix, identity)
+        idle = ~usable.unsqueeze(-1)
+        pairs = active.unsqueeze(-1) & active.unsqueeze(-2)
+        matrix = torch.where(pairs, matrix / column.unsqueeze(-1), 0.0)
+        # Where no task has a gradient the rule sees an identity matrix, so that it need not think of the case.
+        matrix.diagonal(dim1=-2, dim2=-1).add_(idle)
 
         given = Given(
             matrix,
-            active | ~usable[..., None],
+            active | idle,
             divisor,
             noise,
             None if losses is None else losses.detach().to(torch.float64),
@@ -200,17 +203,20 @@ class Aggregator(ABC):
         )
         result = self.solve(given)
 
-        outside = torch.where(finite, 0.0, torch.nan).to(torch.float64)
-        weights, own = torch.where(active, result.weights, outside[..., None]), result.own_weights
+        weights, own, direction = result.weights, result.own_weights, result.direction
         if self.critic_only and given.losses is not None:
             weights = torch.where(given.losses < 0, torch.nan, weights)  # the caller sees whose loss it was
+        # A task without a gradient of the shared parameters may have one of its own.
+        if own is not None:
+            own = torch.where(outside.unsqueeze(-1).isnan(), torch.nan, own)
+        if direction is not None:
+            direction = torch.where(outside.isnan(), torch.nan, direction)
         return Aggregation(
-            weights=weights,
-            diagnostics={key: torch.where(usable, value, outside) for key, value in result.diagnostics.items()},
-            state=dict(state) | result.state,
-            # A task without a gradient of the shared parameters may have one of its own.
-            own_weights=None if own is None else torch.where(finite[..., None], own, torch.nan),
-            direction=None if result.direction is None else torch.where(finite, result.direction, torch.nan),
+            torch.where(active, weights, outside.unsqueeze(-1)),
+            {key: torch.where(usable, value, outside) for key, value in result.diagnostics.items()},
+            {**state, **result.state},
+            own,
+            direction,
         )
 
     def __call__(

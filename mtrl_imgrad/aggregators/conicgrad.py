@@ -7,19 +7,23 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, check_choice, check_range
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, State, check_choice, check_range
 from mtrl_imgrad.aggregators.cagrad import mean_gradient
 from mtrl_imgrad.aggregators.mgda import minimum_norm_point
 from mtrl_imgrad.aggregators.solvers import ROUTES, Route, minimise_on_simplex
+from mtrl_imgrad.aggregators.solvers.active_set import NEAR_ZERO
 
+Mode = Literal["exact", "single_loop"]
+MODES: tuple[Mode, ...] = ("exact", "single_loop")
 Infeasible = Literal["boundary", "mean", "zero"]
 INFEASIBLE: tuple[Infeasible, ...] = ("boundary", "mean", "zero")
 # Below this fraction of the mean squared task norm ||g0||^2 is rounding error: the cone has no axis and d = g0.
 NO_AXIS = 1e-15
+ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8  # torch's defaults; eps is next to gradients of mean squared norm 1
 
 
 @dataclass(frozen=True)
@@ -36,13 +40,23 @@ class ConicGrad(Aggregator):
     If the optimum of 2 is <= 0 no direction in the cone descends for every task, and `on_infeasible` decides. Where
     P gw vanishes at the optimum (only then, and only if K exceeds the rank) `boundary` has no unit vector: d = g0.
 
-    Values of c for MT10 and MT50: unknown. No state. Cost: two solves. Diagnostics: `cos_theta`, `gap`.
+    `single_loop` does not minimise: w = softmax(logits), d is the best direction for that one w, that is the maximum of
+    <gw, d> over the same set (||g0|| gw / ||gw|| inside the cone, the direction of 2 outside, `on_infeasible` where
+    c <gw, u> + s ||P gw|| <= 0), and then the logits take one Adam step along the gradient of <J d, softmax(logits)>
+    at fixed d, plus gamma times the logits. By Danskin's theorem that is the gradient of the dual. J d is taken for
+    gradients of mean squared norm 1, so the scale of the gradients does not matter. What the paper does may differ.
 
-    Identities: ||d|| = ||g0|| and cos(d, g0) = max(c, cos_theta); c = 1 gives g0; c <= cos_theta gives MGDA's
-    direction; K identical gradients g give g.
+    Values of c, lr and gamma for MT10 and MT50: unknown; lr and gamma are those of FAMO's MT10 command, whose weights
+    follow the same kind of step. State: none in `exact`; `logits`, `first_moment`, `second_moment` [K], `steps` in
+    `single_loop`. Cost: two solves, or O(K^2). Diagnostics: `cos_theta`, `gap`; none in `single_loop`.
+
+    Identities: ||d|| = ||g0|| and, in `exact`, cos(d, g0) = max(c, cos_theta); c = 1 gives g0; c <= cos_theta gives
+    MGDA's direction; K identical gradients g give g. In `single_loop` cos(d, g0) >= c wherever ||d|| = ||g0||.
     """
 
-    paper = "Hassanpour et al. 2025, arXiv 2502.00217"
+    paper: ClassVar[str] = (
+        "Hassanpour et al. 2025, arXiv 2502.00217 (derived from the abstract; paper equations not read)"
+    )
 
     c: float = 0.5
     """Cosine of the cone's half-angle around the mean gradient (0 to 1)."""
@@ -50,15 +64,80 @@ class ConicGrad(Aggregator):
     on_infeasible: Infeasible = "boundary"
     """If no direction in the cone descends for all tasks: the best on its surface, the mean gradient, or zero."""
 
+    mode: Mode = "exact"
+    """Solve for the task weights at every step, or move them by one gradient step a call."""
+
+    lr: float = 0.025
+    """Adam's learning rate of the logits in single_loop (> 0)."""
+
+    gamma: float = 0.01
+    """Decay of the logits in single_loop, added to their gradient (>= 0)."""
+
     solver: Route = "auto"
     """Where the K x K problem is solved: host (numpy), device (torch, no host copy), or auto (host for CPU tensors)."""
 
     def __post_init__(self) -> None:
         check_range("ConicGrad.c", self.c, 0.0, 1.0)
         check_choice("ConicGrad.on_infeasible", self.on_infeasible, INFEASIBLE)
+        check_choice("ConicGrad.mode", self.mode, MODES)
+        check_range("ConicGrad.lr", self.lr, math.nextafter(0.0, 1.0), math.nextafter(math.inf, 0.0))
+        check_range("ConicGrad.gamma", self.gamma, 0.0, math.nextafter(math.inf, 0.0))
         check_choice("ConicGrad.solver", self.solver, ROUTES)
 
+    def initial_state(self, shape: tuple[int, ...], parameters: int) -> State:
+        if self.mode == "exact":
+            return {}
+        state = {name: torch.zeros(shape, dtype=torch.float64) for name in ("logits", "first_moment", "second_moment")}
+        return state | {"steps": torch.zeros(shape[:-1], dtype=torch.float64)}
+
     def solve(self, given: Given) -> Aggregation:
+        return self.solve_exactly(given) if self.mode == "exact" else self.take_one_step(given)
+
+    def take_one_step(self, given: Given) -> Aggregation:
+        """The best direction for the present task weights, and the weights of the next call."""
+        gramian, active, state = given.gramian, given.active, given.state
+        num_tasks, sine = gramian.shape[-1], math.sqrt(1.0 - self.c**2)
+        logits = state["logits"]
+        tasks = torch.where(active, logits, -torch.inf).softmax(-1)
+        products, mean_norm = mean_gradient(gramian)
+        image = (gramian @ tasks[..., None]).squeeze(-1)
+        squared_norm = (tasks * image).sum(-1)
+        has_axis = mean_norm**2 > NO_AXIS
+        has_direction = squared_norm > NEAR_ZERO * (tasks * gramian.diagonal(dim1=-2, dim2=-1)).sum(-1)
+        length = torch.where(has_direction, squared_norm, 1.0).sqrt()
+        axis_norm = torch.where(has_axis, mean_norm, 1.0)
+        along = (tasks * products).sum(-1) / axis_norm  # <gw, u>
+
+        inside = tasks * (mean_norm / length)[..., None]
+        # P gw = gw - <gw, u> u has these row weights; its norm comes from its own Gramian form, not a difference.
+        projected = tasks - (along / axis_norm / num_tasks)[..., None]
+        squared_across = (projected * (gramian @ projected[..., None]).squeeze(-1)).sum(-1)
+        sideways = squared_across > NEAR_ZERO * squared_norm
+        across = torch.where(sideways, squared_across, 1.0).sqrt()
+        boundary = self.c / num_tasks + sine * (mean_norm / across)[..., None] * projected
+        mean = torch.full_like(tasks, 1.0 / num_tasks)
+        boundary = torch.where(sideways[..., None], boundary, mean)
+        spread = torch.where(sideways, across, 0.0)
+        fallback = {"boundary": boundary, "mean": mean, "zero": torch.zeros_like(mean)}[self.on_infeasible]
+        outside = torch.where((self.c * along + sine * spread > 0)[..., None], boundary, fallback)
+        within = has_direction & (along >= self.c * length)
+        weights = torch.where(within[..., None], inside, outside)
+        weights = torch.where((has_axis & has_direction)[..., None], weights, mean)
+
+        progress = (gramian @ weights[..., None]).squeeze(-1)  # <g_i, d>
+        slope = tasks * (progress - (tasks * progress).sum(-1, keepdim=True)) + self.gamma * logits
+        (first_beta, second_beta), steps = ADAM_BETAS, state["steps"] + 1.0
+        first = state["first_moment"] * first_beta + (1.0 - first_beta) * slope
+        second = state["second_moment"] * second_beta + (1.0 - second_beta) * slope**2
+        first_share, second_share = ((1.0 - beta**steps)[..., None] for beta in ADAM_BETAS)
+        moved = logits - self.lr * (first / first_share) / ((second / second_share).sqrt() + ADAM_EPS)
+        new = {"logits": moved, "first_moment": first, "second_moment": second}
+        return Aggregation(
+            weights, state={name: torch.where(active, new[name], state[name]) for name in new} | {"steps": steps}
+        )
+
+    def solve_exactly(self, given: Given) -> Aggregation:
+        """The best worst case in the cone."""
         gramian, active = given.gramian, given.active
         num_tasks = gramian.shape[-1]
         sine = math.sqrt(1.0 - self.c**2)

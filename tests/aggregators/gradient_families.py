@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import UserDict
 from functools import cache
 from pathlib import Path
 
@@ -9,7 +11,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtrl_imgrad.aggregators import MGDA, RLW, Aggregator, CAGrad, ConFIG, ConicGrad, IMGrad, Mean, PCGrad
+from mtrl_imgrad.aggregators import (
+    MGDA,
+    RLW,
+    Aggregator,
+    CAGrad,
+    CAGradFast,
+    ConFIG,
+    ConicGrad,
+    GradVac,
+    IMGrad,
+    Mean,
+    PCGrad,
+    SDMGrad,
+    SDMGradOS,
+)
 
 FAMILIES = ("gauss", "shared", "imbalanced", "parallel", "conflict", "lowrank", "mt10")
 ROUTES = ("host", "device")
@@ -69,30 +85,53 @@ def gradients(family: str, num_tasks: int, seed: int = 0) -> Tensor:
     raise ValueError(family)
 
 
+class FreshRules(UserDict[str, Aggregator]):
+    """Looked up, a rule has not been called yet, so a state that one test leaves cannot reach the next."""
+
+    def __getitem__(self, name: str) -> Aggregator:
+        return dataclasses.replace(super().__getitem__(name))
+
+
 # Every rule under every variant; the ids are read in test names.
-RULES: dict[str, Aggregator] = {
-    "mean": Mean(),
-    "pcgrad": PCGrad(),
-    "mgda": MGDA(),
-    "cagrad": CAGrad(),
-    "imgrad-official": IMGrad(variant="official"),
-    "imgrad-eq9": IMGrad(variant="eq9"),
-    "imgrad-eq11": IMGrad(variant="eq11"),
-    "conicgrad": ConicGrad(),
-    "conicgrad-mgda-regime": ConicGrad(c=0.05),
-    "config": ConFIG(),
-    "rlw": RLW(),
-}
-SOLVED = ("mgda", "cagrad", "imgrad-official", "imgrad-eq9", "imgrad-eq11", "conicgrad", "conicgrad-mgda-regime")
+RULES = FreshRules(
+    {
+        "mean": Mean(),
+        "mgda": MGDA(),
+        "pcgrad": PCGrad(),
+        "gradvac": GradVac(),
+        "cagrad": CAGrad(),
+        "cagrad-fast": CAGradFast(n=3),
+        "sdmgrad": SDMGrad(),
+        "sdmgrad-os": SDMGradOS(n=3),
+        "imgrad-official": IMGrad(variant="official"),
+        "imgrad-eq9": IMGrad(variant="eq9"),
+        "imgrad-eq11": IMGrad(variant="eq11"),
+        "conicgrad": ConicGrad(),
+        "conicgrad-mgda-regime": ConicGrad(c=0.05),
+        "conicgrad-single-loop": ConicGrad(mode="single_loop"),
+        "config": ConFIG(),
+        "rlw": RLW(),
+    }
+)
+SOLVED = tuple(
+    name for name, rule in RULES.items() if hasattr(rule, "solver") and getattr(rule, "mode", "exact") == "exact"
+)
 
 
 def direction(rule: Aggregator, jacobian: Tensor, noise: Tensor | None = None) -> Tensor:
-    """d = J^T weights."""
-    return rule(jacobian @ jacobian.mT, noise).weights @ jacobian
+    """d = J^T weights at the rule's first call."""
+    return dataclasses.replace(rule)(jacobian @ jacobian.mT, noise).weights @ jacobian
 
 
 def noise_for(rule: Aggregator, num_tasks: int, seed: int = 0) -> Tensor | None:
     return rule.draw_noise(num_tasks, torch.Generator().manual_seed(seed))
+
+
+def permuted(rule: Aggregator, noise: Tensor | None, order: Tensor) -> Tensor | None:
+    """What the rule would have drawn, had the tasks come in another order."""
+    if noise is None:
+        return None
+    return noise[order][:, order] if isinstance(rule, PCGrad | GradVac) else noise[..., order]
 
 
 def relative_error(given: Tensor, expected: Tensor) -> float:

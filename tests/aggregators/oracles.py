@@ -6,6 +6,7 @@ import warnings
 
 import cvxpy as cp
 import numpy as np
+from mpmath import mp
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
@@ -75,3 +76,53 @@ def pcgrad_direction(jacobian: Array, order: NDArray[np.int64]) -> Array:
                 own = own - (own @ partner) / (partner @ partner) * partner
         projected.append(own)
     return np.mean(projected, axis=0)
+
+
+def exact_kernel(jacobian: Array, linear: Array, norm: float, quadratic: float, weights: Array) -> tuple[Array, float]:
+    """J^T w for the minimiser of p.w + r ||J^T w|| + (q/2) ||J^T w||^2 on the support of `weights`, in 60 digits, and
+    max_i (w - e_i).grad f over the size of f's terms, which is 0 where w minimises over the whole simplex."""
+    with mp.workdps(60):
+        rows, tilt = mp.matrix(jacobian.tolist()), mp.matrix(linear.tolist())
+        r, q = mp.mpf(norm), mp.mpf(quadratic)
+        support = [int(index) for index in np.flatnonzero(weights)]
+        gramian = rows * rows.T
+        system = mp.matrix([[gramian[i, j] for j in support] for i in support])
+        ones, tilted = mp.ones(len(support), 1), mp.matrix([tilt[i] for i in support])
+        by_ones, by_tilt = mp.lu_solve(system, ones), mp.lu_solve(system, tilted)
+        a, b = mp.fdot(ones, by_ones), mp.fdot(ones, by_tilt)
+        d = mp.fdot(tilted, by_tilt) - b**2 / a
+        if q == 0:
+            k = mp.sqrt(a * (r**2 - d))
+        elif r == 0:
+            k = q
+        else:
+            k = mp.findroot(lambda k: (k - q) * mp.sqrt(1 / a + d / k**2) - r, (q, q + r * mp.sqrt(a)), "anderson")
+        values = ((k + b) / a * by_ones - by_tilt) / k
+        best = mp.zeros(len(weights), 1)
+        for index, value in zip(support, values, strict=True):
+            best[index] = value
+        combined = rows.T * best
+        length = mp.sqrt(mp.fdot(combined, combined))
+        slope = tilt + (r / length + q) * (rows * combined)
+        terms = sum(abs(p) * x for p, x in zip(tilt, best, strict=True)) + r * length + q / 2 * length**2
+        lacking = max(mp.mpf(0), -min(values))
+        return np.array([float(x) for x in combined]), float((mp.fdot(best, slope) - min(slope)) / terms + lacking)
+
+
+def gradvac_direction(jacobian: Array, order: NDArray[np.int64], targets: Array, beta: float) -> tuple[Array, Array]:
+    """Algorithm 1 of the GradVac paper on explicit vectors, and the targets after it; the mean."""
+    targets, projected = targets.copy(), []
+    for task, gradient in enumerate(jacobian):
+        own = gradient.copy()
+        for other in order[task]:
+            partner = jacobian[other]
+            if other == task:
+                continue
+            length, partner_length = np.linalg.norm(own), np.linalg.norm(partner)
+            cosine, target = own @ partner / (length * partner_length), targets[task, other]
+            if cosine < target:
+                sine, target_sine = np.sqrt(1 - cosine**2), np.sqrt(1 - target**2)
+                own = own + length * (target * sine - cosine * target_sine) / (partner_length * target_sine) * partner
+            targets[task, other] = (1 - beta) * target + beta * cosine
+        projected.append(own)
+    return np.mean(projected, axis=0), targets

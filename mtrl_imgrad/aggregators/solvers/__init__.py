@@ -3,6 +3,7 @@ number of steps, and wait for no device.
 
 * `simplex`: min over the simplex of p.w + r sqrt(w'Mw) + (q/2) w'Mw (CAGrad, IMGrad, ConicGrad, SDMGrad, MGDA); its
   second route for CPU tensors is `active_set`.
+* `pairwise`: every task meets the others in a random order (PCGrad, GradVac).
 * `projection`: the nearest point of the simplex (MoCo).
 """
 

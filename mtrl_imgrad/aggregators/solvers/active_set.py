@@ -18,20 +18,22 @@ NEAR_ZERO = 1e-10
 RIDGES = (1e-13, 1e-10, 1e-7, 1e-4, 1e-1)  # fractions of diag(M) to add, see `simplex`
 CERTIFIED = 1e-9  # the relative gap above which the answer is withheld
 PIVOTS = 60
+ROUNDING = 1e-15  # slopes within this fraction of their terms of one another count as equal
 
 solve_positive, factorise = get_lapack_funcs(("posv", "potrf"), dtype=np.float64)
 
 
 def active_set(
     matrix: Array, linear: Array, norm: float, quadratic: float, row_norms: Array, active: NDArray[np.bool_]
-) -> tuple[Array, Array, float] | None:
+) -> tuple[Array, Array, float, float] | None:
     """Minimises p.w + r sqrt(w'Mw) + (q/2) w'Mw over the simplex of the active tasks, with max|p| + r + q = 1.
 
     Block pivoting on the support: drop negative weights, let in tasks that would lower f, until neither is left.
     All violators change sides at once; after three rounds without progress only the last one does (Murty's rule).
 
     Returns:
-        w, w / ||J^T w|| and the relative gap; None without a certified answer or where J^T w vanishes.
+        w, w / ||J^T w||, and the gap, over |f(uniform)| and over the size of f's terms at w; None without a certified
+        answer or where J^T w vanishes.
     """
     if not active.all():
         keep = np.flatnonzero(active)
@@ -40,7 +42,7 @@ def active_set(
             return None
         weights, unit = np.zeros(len(active)), np.zeros(len(active))
         weights[keep], unit[keep] = answer[0], answer[1]
-        return weights, unit, answer[2]
+        return weights, unit, answer[2], answer[3]
 
     norm, quadratic, num_tasks = float(norm), float(quadratic), len(linear)
     ridged = (matrix + np.diag(ridge * row_norms) for ridge in RIDGES)
@@ -48,17 +50,23 @@ def active_set(
     if found is None:
         return None
     matrix = found
+    lengths, shares = np.sqrt(row_norms), 1.0 / row_norms
     support, weights = np.ones(num_tasks, dtype=bool), np.zeros(num_tasks)
     fewest, patience = num_tasks + 1, 3
     for _ in range(PIVOTS):
         chosen = support.nonzero()[0]
-        values, curvature, level = support_minimiser(matrix[chosen[:, None], chosen], linear[chosen], norm, quadratic)
+        values, curvature, level = support_minimiser(
+            matrix[chosen[:, None], chosen], linear[chosen], norm, quadratic, shares[chosen]
+        )
         wrong = np.zeros(num_tasks, dtype=bool)
         wrong[chosen] = values < 0
         if curvature > 0:
             weights[:] = 0.0
             weights[chosen] = values
-            wrong |= (linear + curvature * (matrix @ weights) < level - 1e-13) & ~support
+            image = matrix @ weights
+            # |M| w is at most ||g_i|| sum_j w_j ||g_j||, so gradients of all lengths are judged by their own rounding.
+            terms = curvature * float(lengths @ np.abs(weights)) * lengths + np.abs(linear) + abs(level)
+            wrong |= (linear + curvature * image < level - ROUNDING * terms) & ~support
         num_wrong = int(wrong.sum())
         if num_wrong == 0:
             break
@@ -66,7 +74,7 @@ def active_set(
             fewest, patience = num_wrong, 3
         else:
             patience -= 1
-        if patience >= 0:
+        if patience >= 0 and not np.array_equal(support, wrong):  # an empty support has no minimiser
             support ^= wrong
         else:
             support[wrong.nonzero()[0][-1]] ^= True
@@ -83,18 +91,23 @@ def active_set(
     gap = max(float(weights @ gradient - gradient.min()), 0.0)
     uniform = float(matrix.mean())
     size = abs(float(linear.mean()) + norm * math.sqrt(max(uniform, 0.0)) + quadratic / 2 * uniform)
-    gap = gap / size if size > 1e-12 else gap
-    return (weights, weights / length, gap) if gap <= CERTIFIED else None
+    own_size = float(np.abs(linear) @ weights) + norm * length + quadratic / 2 * squared_norm
+    relative_gap, gap = gap / own_size, gap / size if size > 1e-12 else gap
+    return (weights, weights / length, gap, relative_gap) if gap <= CERTIFIED else None
 
 
-def support_minimiser(matrix: Array, linear: Array, norm: float, quadratic: float) -> tuple[Array, float, float]:
+def support_minimiser(
+    matrix: Array, linear: Array, norm: float, quadratic: float, shares: Array
+) -> tuple[Array, float, float]:
     """The minimiser of f over sum w = 1 (signs free), its k = r / ||J^T w|| + q, and the multiplier of the constraint.
 
     Stationarity is p + k M w = level 1. With A = 1'M^-1 1, B = 1'M^-1 p and D = p'M^-1 p - B^2 / A it gives
     w = M^-1 ((k + B) / A 1 - p) / k and ||J^T w||^2 = 1 / A + D / k^2, so (k - q) sqrt(1 / A + D / k^2) = r, whose left
     side grows with k. If q = 0 and D >= r^2 there is no minimiser: the direction of descent comes back, with k = 0.
+    p is taken from its mean under `shares`, 1 / ||g_i||^2: a mean in which long gradients outweigh short ones would
+    round off the entries of the latter.
     """
-    offset = float(linear.mean())
+    offset = float(linear @ shares) / float(shares.sum())
     sides = np.ones((len(linear), 2), order="F")
     sides[:, 1] = linear - offset
     solved = solve_positive(matrix, sides, lower=1)[1]

@@ -1,20 +1,31 @@
-"""The nearest point of the simplex."""
+"""The point of the simplex nearest to a vector, by sorting (Held, Wolfe and Crowder 1974): batched, without a loop."""
 
 from __future__ import annotations
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
-def project_onto_simplex(v: Float[Tensor, "*batch tasks"]) -> Float[Tensor, "*batch tasks"]:
-    """argmin over w >= 0, sum w = 1 of ||w - v||, by one sort.
+def project_onto_simplex(
+    vector: Float[Tensor, "*batch tasks"], active: Bool[Tensor, "*batch tasks"] | None = None
+) -> Float[Tensor, "*batch tasks"]:
+    """argmin over {w >= 0, sum w = 1, w = 0 for inactive tasks} of ||w - v||: w = max(v - t, 0) for the right t.
 
-    It is max(v - t, 0) with t = (sum of the n largest - 1) / n for the largest n at which the n-th largest still
-    exceeds t. An entry of -inf gets 0, if another is finite.
+    With v sorted downwards, t = (v_1 + ... + v_m - 1) / m for the largest m that leaves v_m > t.
+
+    Args:
+        vector: v, finite; a NaN gives NaN.
+        active: at least one per vector; None means all.
     """
-    ordered = v.sort(dim=-1, descending=True).values
-    counts = torch.arange(1, v.shape[-1] + 1, dtype=v.dtype, device=v.device)
-    thresholds = (ordered.cumsum(-1) - 1) / counts
-    last = ((ordered > thresholds).sum(-1, keepdim=True) - 1).clamp_min(0)  # with a NaN none exceeds: NaN comes out
-    return (v - thresholds.gather(-1, last)).clamp_min(0.0)
+    if active is None:
+        active = torch.ones_like(vector, dtype=torch.bool)
+    # v and v + constant have the same projection; with the largest entry at 0 no digits are lost to a common offset.
+    vector = vector - torch.where(active, vector, -torch.inf).amax(-1, keepdim=True)
+    # Entries more than 1 below the largest are 0 in the projection.
+    vector = torch.where(active, vector, -2.0).clamp_min(-2.0)
+    ordered = vector.sort(-1, descending=True).values
+    counts = torch.arange(1, vector.shape[-1] + 1, dtype=vector.dtype, device=vector.device)
+    thresholds = (ordered.cumsum(-1) - 1.0) / counts
+    last = ((ordered > thresholds).sum(-1, keepdim=True) - 1).clamp_min(0)  # with a NaN none exceeds
+    return (vector - thresholds.gather(-1, last)).clamp_min(0.0)

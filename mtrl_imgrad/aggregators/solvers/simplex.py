@@ -52,6 +52,11 @@ class SimplexSolution:
     """(f(w) - the lower bound that the gradient at w gives) / |f(uniform weights)|, for the Gramian with its delta.
     Where `unit` is 0 for want of a direction the bound is loose and the gap may be large."""
 
+    relative_gap: Float[Tensor, "*batch"]
+    """The same difference over the size of f's own terms at w, |p|.w + r ||J^T w|| + (q/2) ||J^T w||^2: the figure to
+    read where some gradients are much longer than others, so that f(w) is tiny beside f(uniform weights). In float64
+    it grows with the ratio of the lengths, about 1e-14 times it at worst; above 1e-3 the direction is in doubt."""
+
 
 class Problem(NamedTuple):
     """The kernel's data, with p, r and q divided by max|p| + r + q."""
@@ -132,8 +137,9 @@ def device_route(problem: Problem) -> SimplexSolution:
     Conn and Overton do for sums of norms (Newton on the norm itself may cycle near J^T w = 0). The kink at J^T w = 0 is
     rounded off by a ridge that shrinks with the complementarity. The Newton matrix is singular along w when q = 0;
     adding a multiple of 11', which the constraint sum w = 1 makes harmless, cures that (without it the gap stalls near
-    1e-8). Of the uniform weights, every iterate and the closed form, the one with the smallest certified gap is
-    returned, so steps lost to rounding cost nothing.
+    1e-8, and a multiple much above w'(k M)w would bury the rows of short gradients). Of the uniform weights, every
+    iterate and the closed form, the one with the smallest certified gap is returned, so steps lost to rounding cost
+    nothing.
     """
     matrix = with_ridge(problem)
     active, norm, quadratic = problem.active, problem.norm[..., None], problem.quadratic[..., None]
@@ -142,14 +148,18 @@ def device_route(problem: Problem) -> SimplexSolution:
     linear = torch.where(active, problem.linear, 1.0)  # an inactive w_i costs 1, touches nothing else, and goes to 0
     uniform = ones / count
     best_weights, best_gap = uniform, certificate(problem, matrix, uniform).nan_to_num(nan=torch.inf)
-    image = (matrix @ uniform[..., None]).squeeze(-1)
-    length = ((uniform * image).sum(-1, keepdim=True) + (uniform * problem.row_norms).sum(-1, keepdim=True)).sqrt()
+    # The start must suit gradients of very different lengths, since each step shrinks w_i z_i by 1 / CENTRING at most:
+    # all w_i ||g_i|| alike, and z of the order of f - min f at least.
+    lengths = torch.where(active, problem.row_norms, 1.0).sqrt()
+    weights = 1.0 / (lengths * (ones / lengths).sum(-1, keepdim=True))
+    image = (matrix @ (ones * weights)[..., None]).squeeze(-1)
+    length = ((weights * image).sum(-1, keepdim=True) + (ones * weights * lengths).sum(-1, keepdim=True) ** 2).sqrt()
     slope = linear + (norm / length + quadratic) * image
-    lowest = torch.where(active, slope, torch.inf).amin(-1, keepdim=True)
-    highest = torch.where(active, slope, -torch.inf).amax(-1, keepdim=True)
-    multipliers = torch.where(active, slope - 2.0 * lowest + highest + 1e-3, 1.0)
-    weights = torch.where(active, uniform, 1.0 / count)
-    unit, support, curvature = uniform / length, active, norm / length + quadratic
+    level = (ones * weights * slope).sum(-1, keepdim=True)
+    terms = (ones * weights * linear.abs()).sum(-1, keepdim=True) + (norm + quadratic * length) * length
+    terms = terms - (ones * linear).amin(-1, keepdim=True).clamp(max=0.0)
+    multipliers = torch.where(active, (slope - level).abs() + terms, 1.0)
+    unit, support, curvature = ones * weights / length, active, norm / length + quadratic
 
     for _ in range(INTERIOR_POINT_STEPS):
         complementarity = (ones * weights * multipliers).sum(-1, keepdim=True) / count
@@ -161,7 +171,7 @@ def device_route(problem: Problem) -> SimplexSolution:
         unit, unit_image = unit / excess, unit_image / excess
         cross = unit_image[..., :, None] * image[..., None, :]
         curvature = norm / length + quadratic
-        lift = curvature * length**2 + 1.0
+        lift = curvature * length**2
         newton = (
             curvature[..., None] * smooth
             - (norm / (2.0 * length**2))[..., None] * (cross + cross.mT)
@@ -185,11 +195,13 @@ def device_route(problem: Problem) -> SimplexSolution:
 
     closed_form = on_support(problem, matrix, support, curvature)
     best_weights, best_gap = keep_better(problem, matrix, closed_form, best_weights, best_gap)
-    gap = relative_gap(best_gap, objective(problem, matrix, uniform))
+    gap = over_uniform(best_gap, objective(problem, matrix, uniform))
     squared_norm = (best_weights * (matrix @ best_weights[..., None]).squeeze(-1)).sum(-1)
+    terms = objective(problem._replace(linear=problem.linear.abs()), matrix, best_weights)
+    own_gap = best_gap.clamp_min(0.0) / torch.where(terms > 0, terms, 1.0)
     defined = (squared_norm > NEAR_ZERO * (best_weights * problem.row_norms).sum(-1)) & (gap <= UNCERTIFIED)
     unit = best_weights / torch.where(defined, squared_norm, torch.inf).sqrt()[..., None]
-    return SimplexSolution(best_weights, unit, gap)
+    return SimplexSolution(best_weights, unit, gap, own_gap)
 
 
 def keep_better(
@@ -207,7 +219,8 @@ def on_support(problem: Problem, matrix: Tensor, support: Tensor, curvature: Ten
     """`support_minimiser` for a batch; k starts at the interior point's and takes a fixed number of Newton steps."""
     ones = support.to(torch.float64)
     norm, quadratic = problem.norm[..., None], problem.quadratic[..., None]
-    offset = (ones * problem.linear).sum(-1, keepdim=True) / ones.sum(-1, keepdim=True)
+    shares = ones / torch.where(support, problem.row_norms, 1.0)
+    offset = (shares * problem.linear).sum(-1, keepdim=True) / shares.sum(-1, keepdim=True)
     tilt = ones * (problem.linear - offset)
     masked = matrix * (ones[..., :, None] * ones[..., None, :]) + torch.diag_embed(1.0 - ones)
     solved = torch.cholesky_solve(torch.stack([ones, tilt], dim=-1), torch.linalg.cholesky_ex(masked).L)
@@ -229,7 +242,7 @@ def objective(problem: Problem, matrix: Tensor, weights: Tensor) -> Float[Tensor
     )
 
 
-def relative_gap(gap: Tensor, uniform_value: Tensor) -> Tensor:
+def over_uniform(gap: Tensor, uniform_value: Tensor) -> Tensor:
     """The gap over |f(uniform)|; where that is 0 next to max|p| + r + q = 1, the gap itself."""
     size = uniform_value.abs()
     return gap.clamp_min(0.0) / torch.where(size > 1e-12, size, 1.0)
@@ -246,18 +259,21 @@ def host_route(problem: Problem) -> SimplexSolution:
     flat = Problem(*(tensor.reshape(-1, *tensor.shape[len(batch) :]) for tensor in problem))
     arrays = [tensor.numpy(force=True) for tensor in flat]
     count = len(arrays[0])
-    weights, unit, gap = np.zeros((count, num_tasks)), np.zeros((count, num_tasks)), np.zeros(count)
+    weights, unit = np.zeros((count, num_tasks)), np.zeros((count, num_tasks))
+    gap, own_gap = np.zeros(count), np.zeros(count)
     failed = []
     for index, data in enumerate(zip(*arrays, strict=True)):
         answer = active_set(*data)
         if answer is None:
             failed.append(index)
         else:
-            weights[index], unit[index], gap[index] = answer
-    answers = [torch.from_numpy(array).to(problem.matrix.device) for array in (weights, unit, gap)]
+            weights[index], unit[index], gap[index], own_gap[index] = answer
+    answers = [torch.from_numpy(array).to(problem.matrix.device) for array in (weights, unit, gap, own_gap)]
     if failed:
         rest = device_route(Problem(*(tensor[failed] for tensor in flat)))
-        for answer, part in zip(answers, (rest.weights, rest.unit, rest.gap), strict=True):
+        for answer, part in zip(answers, (rest.weights, rest.unit, rest.gap, rest.relative_gap), strict=True):
             answer[failed] = part
     shape = (*batch, num_tasks)
-    return SimplexSolution(answers[0].reshape(shape), answers[1].reshape(shape), answers[2].reshape(batch))
+    return SimplexSolution(
+        answers[0].reshape(shape), answers[1].reshape(shape), answers[2].reshape(batch), answers[3].reshape(batch)
+    )
