@@ -8,24 +8,38 @@ import sys
 from dataclasses import is_dataclass
 from pathlib import Path
 
+from mtrl_imgrad.aggregators.alignedmtl import AlignedMTL
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given
 from mtrl_imgrad.aggregators.cagrad import CAGrad
 from mtrl_imgrad.aggregators.conicgrad import ConicGrad
+from mtrl_imgrad.aggregators.dualproj import DualProj
+from mtrl_imgrad.aggregators.fairgrad import FairGrad
 from mtrl_imgrad.aggregators.imgrad import IMGrad
+from mtrl_imgrad.aggregators.imtlg import IMTLG
 from mtrl_imgrad.aggregators.mean import Mean
 from mtrl_imgrad.aggregators.mgda import MGDA
+from mtrl_imgrad.aggregators.nashmtl import NashMTL
 from mtrl_imgrad.aggregators.pcgrad import PCGrad
+from mtrl_imgrad.aggregators.sum import Sum
+from mtrl_imgrad.aggregators.upgrad import UPGrad
 
 __all__ = [
-    "AGGREGATORS", "MGDA", "Aggregation", "Aggregator", "CAGrad", "ConicGrad", "Given", "IMGrad", "Mean", "PCGrad",
-    "resolve",
+    "AGGREGATORS", "IMTLG", "MGDA", "Aggregation", "Aggregator", "AlignedMTL", "CAGrad", "ConicGrad", "DualProj",
+    "FairGrad", "Given", "IMGrad", "Mean", "NashMTL", "PCGrad", "Sum", "UPGrad", "resolve",
 ]  # fmt: skip
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
     "mean": Mean,
-    "pcgrad": PCGrad,
+    "sum": Sum,
     "mgda": MGDA,
+    "pcgrad": PCGrad,
     "cagrad": CAGrad,
+    "imtlg": IMTLG,
+    "nashmtl": NashMTL,
+    "fairgrad": FairGrad,
+    "alignedmtl": AlignedMTL,
+    "upgrad": UPGrad,
+    "dualproj": DualProj,
     "imgrad": IMGrad,
     "conicgrad": ConicGrad,
 }

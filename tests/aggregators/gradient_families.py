@@ -5,7 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mtrl_imgrad.aggregators import MGDA, Aggregator, CAGrad, ConicGrad, IMGrad, Mean, PCGrad
+from mtrl_imgrad.aggregators import (
+    IMTLG,
+    MGDA,
+    Aggregator,
+    AlignedMTL,
+    CAGrad,
+    ConicGrad,
+    DualProj,
+    FairGrad,
+    IMGrad,
+    Mean,
+    NashMTL,
+    PCGrad,
+    Sum,
+    UPGrad,
+)
 
 FAMILIES = ("gauss", "shared", "imbalanced", "parallel", "conflict", "lowrank")
 ROUTES = ("host", "device")
@@ -38,16 +53,35 @@ def gradients(family: str, num_tasks: int, seed: int = 0) -> Tensor:
 # Every rule under every variant; the ids are read in test names.
 RULES: dict[str, Aggregator] = {
     "mean": Mean(),
+    "sum": Sum(),
     "pcgrad": PCGrad(),
     "mgda": MGDA(),
     "cagrad": CAGrad(),
+    "imtlg": IMTLG(),
+    "nashmtl": NashMTL(),
+    "fairgrad": FairGrad(),
+    "alignedmtl-min": AlignedMTL(),
+    "alignedmtl-median": AlignedMTL(scale_mode="median"),
+    "alignedmtl-rmse": AlignedMTL(scale_mode="rmse"),
+    "upgrad": UPGrad(),
+    "dualproj": DualProj(),
     "imgrad-official": IMGrad(variant="official"),
     "imgrad-eq9": IMGrad(variant="eq9"),
     "imgrad-eq11": IMGrad(variant="eq11"),
     "conicgrad": ConicGrad(),
     "conicgrad-mgda-regime": ConicGrad(c=0.05),
 }
-SOLVED = ("mgda", "cagrad", "imgrad-official", "imgrad-eq9", "imgrad-eq11", "conicgrad", "conicgrad-mgda-regime")
+SOLVED = (
+    "mgda",
+    "cagrad",
+    "upgrad",
+    "dualproj",
+    "imgrad-official",
+    "imgrad-eq9",
+    "imgrad-eq11",
+    "conicgrad",
+    "conicgrad-mgda-regime",
+)
 
 
 def direction(rule: Aggregator, jacobian: Tensor, noise: Tensor | None = None) -> Tensor:

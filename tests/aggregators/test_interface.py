@@ -217,7 +217,7 @@ def test_a_class_in_the_current_directory_resolves(tmp_path: Path, monkeypatch: 
     [
         ("imgard", "got 'imgard'; did you mean 'imgrad'"),
         ("IMGrad", "did you mean 'imgrad'"),
-        ("zzz", "got 'zzz'; allowed: mean, pcgrad, mgda, cagrad, imgrad, conicgrad, or module:Class"),
+        ("zzz", f"got 'zzz'; allowed: {', '.join(AGGREGATORS)}, or module:Class"),
         ("no_such_module:Rule", "cannot import 'no_such_module'"),
         ("math:sqrt", "is not a dataclass derived"),
         (":Rule", "cannot import ''"),
