@@ -25,7 +25,7 @@ class IMTLG(Aggregator):
 
     Differences: the published code inverts D U' (it fails where rows are dependent), TorchJD takes a pseudo-inverse and
     returns rounding noise of any size where y vanishes. Here C carries a ridge of 1e-13, removed again by two steps of
-    iterative refinement. Duplicate gradients share their weight. If the affine hull of the unit gradients contains 0
+    iterative refinement. Duplicate gradients share a weight. If the affine hull of the unit gradients contains 0
     (squared distance <= 1e-10; in general so for more tasks than dimensions) no direction but 0 has equal projections:
     d = 0. So too where the weights cancel in their sum. The paper's IMTL-L is not part of it.
 
