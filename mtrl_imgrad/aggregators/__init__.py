@@ -15,6 +15,7 @@ from mtrl_imgrad.aggregators.conicgrad import ConicGrad
 from mtrl_imgrad.aggregators.dualproj import DualProj
 from mtrl_imgrad.aggregators.fairgrad import FairGrad
 from mtrl_imgrad.aggregators.imgrad import IMGrad
+from mtrl_imgrad.aggregators.imgrad_nash import IMGradNash
 from mtrl_imgrad.aggregators.imtlg import IMTLG
 from mtrl_imgrad.aggregators.mean import Mean
 from mtrl_imgrad.aggregators.mgda import MGDA
@@ -25,7 +26,7 @@ from mtrl_imgrad.aggregators.upgrad import UPGrad
 
 __all__ = [
     "AGGREGATORS", "IMTLG", "MGDA", "Aggregation", "Aggregator", "AlignedMTL", "CAGrad", "ConicGrad", "DualProj",
-    "FairGrad", "Given", "IMGrad", "Mean", "NashMTL", "PCGrad", "Sum", "UPGrad", "resolve",
+    "FairGrad", "Given", "IMGrad", "IMGradNash", "Mean", "NashMTL", "PCGrad", "Sum", "UPGrad", "resolve",
 ]  # fmt: skip
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
@@ -41,6 +42,7 @@ AGGREGATORS: dict[str, type[Aggregator]] = {
     "upgrad": UPGrad,
     "dualproj": DualProj,
     "imgrad": IMGrad,
+    "imgrad_nash": IMGradNash,
     "conicgrad": ConicGrad,
 }
 

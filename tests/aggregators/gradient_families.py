@@ -15,6 +15,7 @@ from mtrl_imgrad.aggregators import (
     DualProj,
     FairGrad,
     IMGrad,
+    IMGradNash,
     Mean,
     NashMTL,
     PCGrad,
@@ -68,6 +69,7 @@ RULES: dict[str, Aggregator] = {
     "imgrad-official": IMGrad(variant="official"),
     "imgrad-eq9": IMGrad(variant="eq9"),
     "imgrad-eq11": IMGrad(variant="eq11"),
+    "imgrad-nash": IMGradNash(),
     "conicgrad": ConicGrad(),
     "conicgrad-mgda-regime": ConicGrad(c=0.05),
 }

@@ -254,8 +254,8 @@ def test_pcgrad_permutes_exactly_with_its_noise() -> None:
 
 
 def test_any_two_rules_differ_where_tasks_conflict() -> None:
-    # One task conflicts with two others (with one, UPGrad is PCGrad), and with the mean too (else DualProj is the mean).
-    jacobian = torch.stack([vector(1.0, 0.2, 0.0), vector(-2.0, 0.5, 0.3), vector(-0.5, -1.0, 0.7)])
+    # A task conflicts with two others (with one, UPGrad is PCGrad) and with the mean (otherwise DualProj is the mean).
+    jacobian = torch.stack([vector(0.2, 1.3, 0.5), vector(0.9, 0.5, 1.2), vector(0.2, -1.5, -1.5)])
     noise = noise_for(PCGrad(), 3)
     directions = {name: direction(rule, jacobian, noise) for name, rule in RULES.items() if name[-6:] != "regime"}
     for one, other in itertools.combinations(directions, 2):
