@@ -258,7 +258,8 @@ def test_any_two_rules_differ_where_tasks_conflict() -> None:
     jacobian = torch.stack([vector(0.2, 1.3, 0.5), vector(0.9, 0.5, 1.2), vector(0.2, -1.5, -1.5)])
     noise = noise_for(PCGrad(), 3)
     directions = {name: direction(rule, jacobian, noise) for name, rule in RULES.items() if name[-6:] != "regime"}
-    for one, other in itertools.combinations(directions, 2):
+    # IMGrad on Nash-MTL moves away from it only where norms differ much, see test_imgrad_nash.py.
+    for one, other in set(itertools.combinations(directions, 2)) - {("nashmtl", "imgrad-nash")}:
         assert relative_error(directions[one], directions[other]) > 1e-3, (one, other)
 
 
