@@ -9,42 +9,59 @@ from dataclasses import is_dataclass
 from pathlib import Path
 
 from mtrl_imgrad.aggregators.adatask import AdaTask
+from mtrl_imgrad.aggregators.alignedmtl import AlignedMTL
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given
 from mtrl_imgrad.aggregators.cagrad import CAGrad
 from mtrl_imgrad.aggregators.cagrad_fast import CAGradFast
 from mtrl_imgrad.aggregators.config_gradient import ConFIG
 from mtrl_imgrad.aggregators.conicgrad import ConicGrad
 from mtrl_imgrad.aggregators.dbmtl import DBMTL
+from mtrl_imgrad.aggregators.dualproj import DualProj
 from mtrl_imgrad.aggregators.dwa import DWA
+from mtrl_imgrad.aggregators.fairgrad import FairGrad
 from mtrl_imgrad.aggregators.famo import FAMO
 from mtrl_imgrad.aggregators.graddrop import GradDrop
 from mtrl_imgrad.aggregators.gradnorm import GradNorm
 from mtrl_imgrad.aggregators.gradvac import GradVac
 from mtrl_imgrad.aggregators.imgrad import IMGrad
+from mtrl_imgrad.aggregators.imgrad_nash import IMGradNash
+from mtrl_imgrad.aggregators.imtlg import IMTLG
 from mtrl_imgrad.aggregators.mean import Mean
 from mtrl_imgrad.aggregators.mgda import MGDA
 from mtrl_imgrad.aggregators.moco import MoCo
+from mtrl_imgrad.aggregators.nashmtl import NashMTL
 from mtrl_imgrad.aggregators.pcgrad import PCGrad
 from mtrl_imgrad.aggregators.rlw import RLW
 from mtrl_imgrad.aggregators.sdmgrad import SDMGrad, SDMGradOS
+from mtrl_imgrad.aggregators.sum import Sum
 from mtrl_imgrad.aggregators.uncertainty_weighting import UncertaintyWeighting
+from mtrl_imgrad.aggregators.upgrad import UPGrad
 
 __all__ = [
-    "AGGREGATORS", "DBMTL", "DWA", "FAMO", "MGDA", "RLW", "AdaTask", "Aggregation", "Aggregator", "CAGrad",
-    "CAGradFast", "ConFIG", "ConicGrad", "Given", "GradDrop", "GradNorm", "GradVac", "IMGrad", "Mean", "MoCo",
-    "PCGrad", "SDMGrad", "SDMGradOS", "UncertaintyWeighting", "resolve",
+    "AGGREGATORS", "DBMTL", "DWA", "FAMO", "IMTLG", "MGDA", "RLW", "AdaTask", "Aggregation", "Aggregator",
+    "AlignedMTL", "CAGrad", "CAGradFast", "ConFIG", "ConicGrad", "DualProj", "FairGrad", "Given", "GradDrop",
+    "GradNorm", "GradVac", "IMGrad", "IMGradNash", "Mean", "MoCo", "NashMTL", "PCGrad", "SDMGrad", "SDMGradOS", "Sum",
+    "UPGrad", "UncertaintyWeighting", "resolve",
 ]  # fmt: skip
 
 AGGREGATORS: dict[str, type[Aggregator]] = {
     "mean": Mean,
+    "sum": Sum,
     "mgda": MGDA,
     "pcgrad": PCGrad,
     "gradvac": GradVac,
     "cagrad": CAGrad,
     "cagrad_fast": CAGradFast,
+    "imtlg": IMTLG,
+    "nashmtl": NashMTL,
+    "fairgrad": FairGrad,
     "sdmgrad": SDMGrad,
     "sdmgrad_os": SDMGradOS,
+    "alignedmtl": AlignedMTL,
+    "upgrad": UPGrad,
+    "dualproj": DualProj,
     "imgrad": IMGrad,
+    "imgrad_nash": IMGradNash,
     "conicgrad": ConicGrad,
     "graddrop": GradDrop,
     "moco": MoCo,

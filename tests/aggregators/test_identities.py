@@ -59,7 +59,8 @@ def test_scaling_the_gradients_scales_the_direction(name, family, num_tasks, see
 def test_identical_gradients_keep_their_direction(name: str, num_tasks: int) -> None:
     gradient = gradients("gauss", 4)[0]
     given = direction(RULES[name], gradient.expand(num_tasks, -1), noise_for(RULES[name], num_tasks))
-    assert relative_error(given, IDENTICAL[name] * gradient) < 1e-9
+    constant = num_tasks if name == "sum" else IDENTICAL[name]
+    assert relative_error(given, constant * gradient) < 1e-9
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -257,7 +258,9 @@ def test_pcgrad_permutes_exactly_with_its_noise() -> None:
 
 
 def test_any_two_rules_differ_where_tasks_conflict() -> None:
-    jacobian = torch.stack([vector(1.0, 0.2, 0.0), vector(-0.6, 0.5, 0.3), vector(0.1, 2.0, -0.7)])
+    # A task conflicts with two others (with one, UPGrad is PCGrad) and with the mean (otherwise DualProj is the mean),
+    # and MGDA's point is not at a corner of the hull (there SDMGrad has it, too).
+    jacobian = torch.stack([vector(1.5, 0.2, 1.6), vector(0.3, -1.5, 0.4), vector(-0.3, 1.5, -0.3)])
     # With n = 3 a sample is the whole; GradVac and ConicGrad's single loop start as PCGrad and the mean.
     rules = dict(RULES) | {"cagrad-fast": CAGradFast(n=2), "sdmgrad-os": SDMGradOS(n=1)}
     rules["conicgrad-single-loop"] = ConicGrad(mode="single_loop", lr=1.0)
@@ -267,7 +270,8 @@ def test_any_two_rules_differ_where_tasks_conflict() -> None:
             noise = noise_for(rule, 3, 2)
             rule(jacobian @ jacobian.mT, noise)
             directions[name] = rule(jacobian @ jacobian.mT, noise).weights @ jacobian
-    for one, other in itertools.combinations(directions, 2):
+    # IMGrad on Nash-MTL moves away from it only where norms differ much, see test_imgrad_nash.py.
+    for one, other in set(itertools.combinations(directions, 2)) - {("nashmtl", "imgrad-nash")}:
         assert relative_error(directions[one], directions[other]) > 1e-3, (one, other)
 
 

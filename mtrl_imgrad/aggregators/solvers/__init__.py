@@ -3,6 +3,9 @@ number of steps, and wait for no device.
 
 * `simplex`: min over the simplex of p.w + r sqrt(w'Mw) + (q/2) w'Mw (CAGrad, IMGrad, ConicGrad, SDMGrad, MGDA); its
   second route for CPU tensors is `active_set`.
+* `dual_cone`: min over v >= u of v'Mv, the projection onto the dual cone (UPGrad, DualProj).
+* `alpha_fair`: M w = w^(-1/alpha) (Nash-MTL, FairGrad).
+* `eigen`: eigen-decomposition (Aligned-MTL). `correlations`: the Gramian of the gradients at unit length.
 * `pairwise`: every task meets the others in a random order (PCGrad, GradVac).
 * `projection`: the nearest point of the simplex (MoCo).
 """

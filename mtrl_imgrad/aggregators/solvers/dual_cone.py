@@ -1,0 +1,205 @@
+"""The projection of a combination J^T u onto the dual cone {d: <g_i, d> >= 0 for all i} of the gradients.
+
+    d = J^T v  where v minimises  v'Mv / 2  subject to v >= u
+
+With s = v - u and z = M v, the optimum is s, z >= 0 and s_i z_i = 0: the projection adds only gradients that d is
+orthogonal to. d is unique. Every u is solved for by itself, in terms of the cosines C between the gradients, so the
+answer does not depend on how unequal their norms are; C carries the ridge of `correlations`, normally 1e-13.
+
+* device route: a primal-dual interior point in torch, then the closed form on the support {s > 0} that it found.
+* host route: block pivoting on the support in numpy, for CPU tensors; an answer without certificate is left to the
+  device route.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float
+from numpy.typing import NDArray
+from scipy.linalg import get_lapack_funcs
+from torch import Tensor
+
+from mtrl_imgrad.aggregators.solvers.correlations import correlations
+from mtrl_imgrad.aggregators.solvers.simplex import Route
+
+INTERIOR_POINT_STEPS = 25
+CENTRING = 0.15
+TO_BOUNDARY = 0.995
+CERTIFIED = 1e-12  # the relative gap above which the host route withholds its answer
+PIVOTS = 60
+Array = NDArray[np.float64]
+
+solve_positive, solve_triangular = get_lapack_funcs(("posv", "trtrs"), dtype=np.float64)
+
+
+@dataclass(frozen=True)
+class DualConeSolution:
+    """Projections onto the dual cone and their certificate."""
+
+    weights: Float[Tensor, "*batch sides tasks"]
+    """Row weights v of every projection, 0 for inactive tasks."""
+
+    gap: Float[Tensor, "*batch"]
+    """The largest (objective - its lower bound from the dual problem) / (objective at v = u), for C with its ridge."""
+
+
+def project_onto_dual_cone(
+    gramian: Float[Tensor, "*batch tasks tasks"],
+    sides: Float[Tensor, "*batch sides tasks"],
+    active: Bool[Tensor, "*batch tasks"],
+    solver: Route = "auto",
+) -> DualConeSolution:
+    """Projects J^T u for every row u of `sides`; all float64.
+
+    Args:
+        gramian: M, with zero rows for inactive tasks.
+        sides: u >= 0 or of any sign.
+        active: at least one per Gramian.
+        solver: the route; `auto` takes the host for plain CPU tensors outside of torch.compile.
+    """
+    cosines = correlations(gramian, active)
+    scaled = torch.where(active[..., None, :], sides * cosines.norms[..., None, :], 0.0)
+    size = scaled.abs().amax(-1, keepdim=True)
+    size = torch.where(size > 0, size, 1.0)
+    on_host = type(gramian) is Tensor and gramian.device.type == "cpu" and not torch.compiler.is_compiling()
+    route = host_route if solver == "host" or (solver == "auto" and on_host) else device_route
+    added, gap = route(cosines.ridged, cosines.factor, scaled / size, active)
+    weights = (scaled + size * added) / cosines.norms[..., None, :]
+    return DualConeSolution(torch.where(active[..., None, :], weights, 0.0), gap.amax(-1))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Device route
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def device_route(matrix: Tensor, factor: Tensor, sides: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """s and the gap of every side. Of s = 0, the last iterates and the closed form, the smallest gap is returned."""
+    inactive = (~active).to(torch.float64)[..., None, :]  # an inactive s_i costs 1, touches nothing else, and goes to 0
+    start = sides @ matrix + inactive  # z where s = 0
+    added, slope = torch.ones_like(sides), torch.ones_like(sides)
+    best, best_gap = torch.zeros_like(sides), relative_gap(matrix, factor, sides, torch.zeros_like(sides))
+    support = added > 0
+    for step in range(INTERIOR_POINT_STEPS):
+        complementarity = (added * slope).mean(-1, keepdim=True)
+        target = CENTRING * complementarity / added
+        newton = matrix[..., None, :, :] + torch.diag_embed(slope / added)
+        residual = target - start - added @ matrix
+        d_added = torch.cholesky_solve(residual[..., None], torch.linalg.cholesky_ex(newton).L).squeeze(-1)
+        d_slope = target - slope - slope / added * d_added
+        d_added, d_slope = shortened(added, d_added), shortened(slope, d_slope)
+        # On the support z shrinks faster than s, elsewhere s faster than z (Tapia's indicator), whatever their scales.
+        support = d_added / added > d_slope / slope
+        added, slope = added + d_added, slope + d_slope
+        if step >= INTERIOR_POINT_STEPS - 3:
+            best, best_gap = keep_better(matrix, factor, sides, added * (1.0 - inactive), best, best_gap)
+    closed_form = on_support(matrix, sides, support & active[..., None, :])
+    best, best_gap = keep_better(matrix, factor, sides, closed_form, best, best_gap)
+    return best, best_gap
+
+
+def shortened(value: Tensor, change: Tensor) -> Tensor:
+    """The part of a change, at most all of it, that keeps value + change positive with a margin."""
+    room = torch.where(change < 0, -value / torch.where(change < 0, change, -1.0), torch.inf)
+    return change * (TO_BOUNDARY * room.amin(-1, keepdim=True)).clamp(max=1.0)
+
+
+def on_support(matrix: Tensor, sides: Tensor, support: Tensor) -> Float[Tensor, "*batch sides tasks"]:
+    """The s that is 0 outside of the support and has z = 0 on it."""
+    ones = support.to(torch.float64)
+    masked = matrix[..., None, :, :] * (ones[..., :, None] * ones[..., None, :]) + torch.diag_embed(1.0 - ones)
+    side = -ones * (sides @ matrix)
+    return ones * torch.cholesky_solve(side[..., None], torch.linalg.cholesky_ex(masked).L).squeeze(-1)
+
+
+def keep_better(
+    matrix: Tensor, factor: Tensor, sides: Tensor, candidate: Tensor, best: Tensor, best_gap: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The candidate, with negative entries cut off, where its gap is smaller (a NaN never is)."""
+    candidate = candidate.clamp_min(0.0)
+    gap = relative_gap(matrix, factor, sides, candidate)
+    better = gap < best_gap
+    return torch.where(better[..., None], candidate, best), torch.where(better, gap, best_gap)
+
+
+def relative_gap(matrix: Tensor, factor: Tensor, sides: Tensor, added: Tensor) -> Float[Tensor, "*batch sides"]:
+    """(v'Cv / 2 - the dual value) / (u'Cu / 2) for s >= 0.
+
+    The dual is max over z >= 0 of z'u - z'C^-1 z / 2. At the positive part of z = C v, with n its negative part, the
+    difference is s'(z + n) + n'C^-1 n / 2.
+    """
+    slope = (sides + added) @ matrix
+    negative = (-slope).clamp_min(0.0)
+    whitened = torch.linalg.solve_triangular(factor[..., None, :, :], negative[..., None], upper=False)
+    gap = (added * slope.clamp_min(0.0)).sum(-1) + whitened.square().sum((-1, -2)) / 2
+    size = ((sides @ matrix) * sides).sum(-1) / 2
+    return gap / torch.where(size > 1e-12, size, 1.0)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Host route
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def host_route(matrix: Tensor, factor: Tensor, sides: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
+    """Pivots one side after another; Gramians with a side that fails go all together to the device route."""
+    num_sides, num_tasks = sides.shape[-2:]
+    flat = [tensor.reshape(-1, *shape) for tensor, shape in (
+        (matrix, (num_tasks, num_tasks)), (factor, (num_tasks, num_tasks)), (sides, (num_sides, num_tasks)),
+        (active, (num_tasks,)),
+    )]  # fmt: skip
+    arrays = [tensor.numpy(force=True) for tensor in flat]
+    added, gap = np.zeros_like(arrays[2]), np.zeros(arrays[2].shape[:2])
+    failed = []
+    for index, (square, triangle, rows, present) in enumerate(zip(*arrays, strict=True)):
+        answers = [pivot(square, triangle, row, present) for row in rows]
+        if any(answer is None for answer in answers):
+            failed.append(index)
+            continue
+        for row, answer in enumerate(answers):
+            added[index, row], gap[index, row] = answer  # pyright: ignore[reportGeneralTypeIssues]
+    device = matrix.device
+    added, gap = torch.from_numpy(added).to(device), torch.from_numpy(gap).to(device)
+    if failed:
+        added[failed], gap[failed] = device_route(*(tensor[failed] for tensor in flat))
+    return added.reshape(sides.shape), gap.reshape(sides.shape[:-1])
+
+
+def pivot(matrix: Array, factor: Array, side: Array, active: NDArray[np.bool_]) -> tuple[Array, float] | None:
+    """s and its gap by block pivoting (Kim and Park 2011), or None without a certified answer.
+
+    Drop negative s_i from the support, let in tasks with z_i < 0, until neither is left. All violators change sides at
+    once; after three rounds without progress only the last one does (Murty's rule).
+    """
+    start = matrix @ side
+    support, slope, added = np.zeros(len(side), dtype=bool), start, np.zeros(len(side))
+    fewest, patience = len(side) + 1, 3
+    for _ in range(PIVOTS):
+        wrong = active & np.where(support, added < 0, slope < -1e-14)
+        num_wrong = int(wrong.sum())
+        if num_wrong == 0:
+            break
+        if num_wrong < fewest:
+            fewest, patience = num_wrong, 3
+        else:
+            patience -= 1
+        if patience >= 0:
+            support ^= wrong
+        else:
+            support[wrong.nonzero()[0][-1]] ^= True
+        chosen = support.nonzero()[0]
+        added = np.zeros(len(side))
+        if len(chosen):
+            added[chosen] = solve_positive(matrix[chosen[:, None], chosen], -start[chosen], lower=1)[1]
+        slope = start + matrix @ added
+    else:
+        return None
+    slope = matrix @ (side + added)
+    negative = np.maximum(-slope, 0.0)
+    whitened = solve_triangular(factor, negative, lower=1)[0]
+    size = float(start @ side) / 2
+    gap = float(added @ np.maximum(slope, 0.0) + whitened @ whitened / 2) / (size if size > 1e-12 else 1.0)
+    return (added, gap) if gap <= CERTIFIED else None
