@@ -122,7 +122,7 @@ class ConicGrad(Aggregator):
         outside = torch.where((self.c * along + sine * spread > 0)[..., None], boundary, fallback)
         within = has_direction & (along >= self.c * length)
         weights = torch.where(within[..., None], inside, outside)
-        weights = torch.where((has_axis & has_direction)[..., None], weights, mean)
+        weights = torch.where(has_axis[..., None], weights, mean)
 
         progress = (gramian @ weights[..., None]).squeeze(-1)  # <g_i, d>
         slope = tasks * (progress - (tasks * progress).sum(-1, keepdim=True)) + self.gamma * logits

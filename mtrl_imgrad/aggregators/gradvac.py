@@ -12,8 +12,8 @@ from torch import Tensor
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, State, check_range
 from mtrl_imgrad.aggregators.solvers.pairwise import Meeting, current_norms, draw_orders, meet_in_turn
 
-# Cosines that differ by no more are taken as equal; closer to 1 their sines are rounding error.
-SAME_COSINE = 1e-12
+# Targets keep this distance from 1 and -1, where the sine of a cosine is rounding error.
+FROM_ONE = 1e-12
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,8 @@ class GradVac(Aggregator):
 
     Differences: the paper and the codes sum, this is the mean. LibMTL adds 1e-8 to norms; Samsung's code moves the
     target only where it has changed p_i; here it moves always, as in Algorithm 1, and tasks without gradient are
-    skipped and leave their targets as they are. Cosines within 1e-12 count as equal, and targets are kept below
-    1 - 1e-12, where the multiple has no bound. Where p_i vanishes there is no angle: nothing is added, phi counts as 0.
+    skipped and leave their targets as they are. Targets are taken as at most 1 - 1e-12, where the multiple still has a
+    bound. Where p_i vanishes there is no angle: nothing is added, phi counts as 0.
 
     beta = 0.5 is LibMTL's, TorchJD's and Samsung's default; we recall 0.01 from the paper. MT10 and MT50 values:
     unknown. State: `target_cosines` [K, K]. Cost: K vectorised steps on coefficients, O(K^3), only M is needed.
@@ -70,10 +70,10 @@ class GradVac(Aggregator):
             target = old.gather(-1, meeting.partner)
             moved = torch.where(meeting.meets, (1.0 - self.beta) * target + self.beta * cosine, target)
             new = new.scatter(-1, meeting.partner, moved)
-            target = target.clamp(-1.0 + SAME_COSINE, 1.0 - SAME_COSINE)
+            target = target.clamp(-1.0 + FROM_ONE, 1.0 - FROM_ONE)
             sine, target_sine = (1.0 - cosine**2).sqrt(), (1.0 - target**2).sqrt()
             multiple = length * (target * sine - cosine * target_sine) / (partner_length * target_sine)
-            return torch.where(cosine < target - SAME_COSINE, multiple, 0.0)
+            return torch.where(cosine < target, multiple, 0.0)
 
         weights = meet_in_turn(given.gramian, given.noise, vaccinate).mean(-2)
         return Aggregation(weights, state={"target_cosines": new})

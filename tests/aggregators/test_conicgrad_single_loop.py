@@ -140,8 +140,14 @@ def test_degenerate_gradients_have_an_answer() -> None:
             result = rule(jacobian @ jacobian.mT)
             assert torch.isfinite(result.weights).all(), name
             assert all(torch.isfinite(value).all() for value in result.state.values())
-    equal = torch.zeros(2, dtype=torch.float64)
-    assert at(equal)(rows["opposed"] @ rows["opposed"].mT).weights.tolist() == [0.5, 0.5]  # g0 = 0, so is d
+
+
+def test_without_a_mean_the_cone_has_no_axis_and_the_weights_are_the_means() -> None:
+    jacobian = torch.tensor([[1.0, 0.0], [-0.5, 2.0], [-0.5, -2.0]], dtype=torch.float64)
+    logits = torch.tensor([1.0, 0.0, -1.0], dtype=torch.float64)
+    for policy in ("boundary", "zero"):
+        weights = at(logits, on_infeasible=policy)(jacobian @ jacobian.mT).weights
+        assert weights.tolist() == pytest.approx([1 / 3] * 3)
 
 
 def test_a_task_without_gradient_keeps_its_state_and_takes_no_share() -> None:

@@ -82,6 +82,12 @@ def test_no_gradient_at_all_gives_weight_0(name: str, num_tasks: int) -> None:
     assert all(torch.isfinite(value) for value in result.diagnostics.values())
 
 
+@pytest.mark.parametrize("scale", [1e-40, 1e40])
+def test_which_tasks_have_a_gradient_does_not_depend_on_its_scale(scale: float) -> None:
+    gramian = torch.diag(torch.tensor([1.0, 1e-22, 1e-26], dtype=torch.float64))
+    assert Mean()(scale * gramian).weights.tolist() == pytest.approx([1 / 3, 1 / 3, 0.0])
+
+
 @pytest.mark.parametrize("name", RULES)
 def test_the_gramian_is_left_as_it_was(name: str) -> None:
     gramian = torch.eye(3).requires_grad_()

@@ -123,3 +123,15 @@ def test_a_ratio_beyond_float64_is_answered_alike_or_told() -> None:
         assert torch.isfinite(device.weights).all()
         if max(host.relative_gap, device.relative_gap) < 1e-6:
             assert relative_error(device.weights @ jacobian, host.weights @ jacobian) < 1e-2
+
+
+def test_the_best_corner_may_be_a_very_short_gradient() -> None:
+    """A linear objective; the support shrinks to one task, whose tilt is rounding error."""
+    gramian = torch.diag(torch.tensor([1.0, 2.0, 1e-22, 1e-20], dtype=torch.float64))
+    zero, active = torch.zeros((), dtype=torch.float64), torch.ones(4, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        linear = -torch.rand(4, generator=generator, dtype=torch.float64)
+        linear[2] -= 1.0
+        weights = minimise_on_simplex(gramian, linear, zero, zero, active, solver="host").weights
+        assert weights.tolist() == pytest.approx([0, 0, 1, 0], abs=1e-9)

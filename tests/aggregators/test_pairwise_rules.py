@@ -104,6 +104,22 @@ def test_identical_gradients_stay_what_they_are_at_every_call(num_tasks: int) ->
         assert relative_error(found, jacobian[0]) < 1e-12
 
 
+def test_rounding_of_a_cosine_of_one_fires_nothing() -> None:
+    lengths = torch.rand(6, 1, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 0.5
+    jacobian = lengths * gradients("gauss", 3)[:1]
+    for below in (0.0, 1e-16, 5e-16, 1e-14):
+        rule = GradVac()
+        rule.load_state_dict({TARGETS: torch.full((6, 6), 1.0 - below, dtype=torch.float64)})
+        found = rule(jacobian @ jacobian.mT, noise_for(rule, 6)).weights
+        torch.testing.assert_close(found, torch.full((6,), 1 / 6, dtype=torch.float64))
+
+
+def test_a_target_of_one_is_finite() -> None:
+    jacobian, rule = gradients("gauss", 2), GradVac()
+    rule.load_state_dict({TARGETS: torch.ones(2, 2, dtype=torch.float64)})
+    assert torch.isfinite(rule(jacobian @ jacobian.mT, noise_for(rule, 2)).weights).all()
+
+
 def test_degenerate_gradients_never_give_nan() -> None:
     base = gradients("gauss", 4)
     opposed = torch.stack([base[0], -base[0], 3.0 * base[0], -base[1] * 1e6])

@@ -55,7 +55,8 @@ class SimplexSolution:
     relative_gap: Float[Tensor, "*batch"]
     """The same difference over the size of f's own terms at w, |p|.w + r ||J^T w|| + (q/2) ||J^T w||^2: the figure to
     read where some gradients are much longer than others, so that f(w) is tiny beside f(uniform weights). In float64
-    it grows with the ratio of the lengths, about 1e-14 times it at worst; above 1e-3 the direction is in doubt."""
+    it grows with the ratio of the lengths, to about 1e-13 times it; above 1e-3 the direction is in doubt.
+    It is computed in float64 too: beyond a ratio of 1e8 a small value is no proof."""
 
 
 class Problem(NamedTuple):
