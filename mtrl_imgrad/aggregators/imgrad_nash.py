@@ -20,6 +20,7 @@ CENTRING = 0.3
 TO_BOUNDARY = 0.7
 LEAST_CURVATURE = 0.1  # of that of the constraints
 CONVERGED = 1e-6
+OPTIMAL = 1e-9
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def minimise(problem: Problem, start: Tensor) -> tuple[Tensor, Tensor]:
     side = ((1.0 - cosine) * start * problem.pull)[..., None]
     multipliers = cosine + torch.cholesky_solve(side, torch.linalg.cholesky_ex(derivative).L).squeeze(-1)
     best, best_residual = start, conditions(problem, start, multipliers.clamp_min(0.0)).residual
+    elsewhere = best_residual > OPTIMAL  # else Nash-MTL's point is the answer, whatever other optima there are
 
     u, slack, multipliers = start * 1.5, torch.ones_like(start), torch.ones_like(start)
     for _ in range(STEPS):
@@ -133,7 +135,7 @@ def minimise(problem: Problem, start: Tensor) -> tuple[Tensor, Tensor]:
         u, slack = u * (1.0 + length * du), slack + length * d_slack
         multipliers = multipliers + room(d_multipliers / multipliers) * d_multipliers
         residual = conditions(problem, u, multipliers).residual
-        better = residual < best_residual
+        better = (residual < best_residual) & elsewhere
         best, best_residual = torch.where(better[..., None], u, best), torch.where(better, residual, best_residual)
     return best, best_residual
 
