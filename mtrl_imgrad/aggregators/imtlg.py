@@ -24,10 +24,10 @@ class IMTLG(Aggregator):
     to the point of the affine hull of the unit gradients that is nearest to 0.
 
     Differences: the published code inverts D U' (it fails where rows are dependent), TorchJD takes a pseudo-inverse and
-    returns rounding noise of any size where y vanishes. Here C carries a ridge of 1e-13, removed again by two steps of
-    iterative refinement. Duplicate gradients share a weight. If the affine hull of the unit gradients contains 0
-    (squared distance <= 1e-10; in general so for more tasks than dimensions) no direction but 0 has equal projections:
-    d = 0. So too where the weights cancel in their sum. The paper's IMTL-L is not part of it.
+    returns rounding noise of any size where y vanishes. Here C carries a ridge of 1e-13, and duplicate gradients share
+    a weight. If the affine hull of the unit gradients contains 0 (squared distance <= 1e-10; in general so for more
+    tasks than dimensions) no direction but 0 has equal projections: d = 0. So too where the weights cancel in their
+    sum. The paper's IMTL-L is not part of it.
 
     Weights may be negative, and if sum_i y_i / ||g_i|| is, then d is uphill for every task alike: a property of the
     method, visible in the diagnostic `projection` (the common <d, g_i / ||g_i||> over the root mean square norm).
@@ -43,10 +43,7 @@ class IMTLG(Aggregator):
     def solve(self, given: Given) -> Aggregation:
         cosines = correlations(given.gramian, given.active)
         ones = given.active.to(torch.float64)
-        unit = torch.cholesky_solve(ones[..., None], cosines.factor)
-        for _ in range(2):
-            unit = unit + torch.cholesky_solve(ones[..., None] - cosines.matrix @ unit, cosines.factor)
-        unit = ones * unit.squeeze(-1)
+        unit = ones * torch.cholesky_solve(ones[..., None], cosines.factor).squeeze(-1)
         weights = unit / cosines.norms
         total = weights.sum(-1, keepdim=True)
         closeness = unit.sum(-1, keepdim=True)  # 1 / the squared distance of 0 from the affine hull

@@ -137,19 +137,37 @@ def test_the_gap_is_honest(route: str) -> None:
     assert solution.gap < 1e-12
 
 
-def test_the_gap_sees_a_wrong_answer() -> None:
+def test_the_gap_is_that_between_primal_and_dual_for_any_answer() -> None:
     jacobian = torch.from_numpy(oracles.coordinates(gradients("conflict", 4).numpy()))
     matrix, sides = jacobian @ jacobian.mT, torch.eye(4, dtype=torch.float64)
     factor = torch.linalg.cholesky(matrix)
-    assert (dual_cone.relative_gap(matrix, factor, sides, torch.zeros_like(sides)) > 1e-3).all()
-    assert (dual_cone.relative_gap(matrix, factor, sides, torch.ones_like(sides)) > 1e-3).all()
+    added = torch.rand(4, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    slope = ((sides + added) @ matrix).clamp_min(0.0)
+    assert (slope == 0).any()
+    primal = ((sides + added) @ matrix * (sides + added)).sum(-1) / 2
+    dual = (slope * sides).sum(-1) - (slope @ torch.linalg.inv(matrix) * slope).sum(-1) / 2
+    expected = (primal - dual) / (matrix.diagonal() / 2)
+    torch.testing.assert_close(dual_cone.relative_gap(matrix, factor, sides, added), expected)
 
 
-def test_the_interior_point_does_not_need_the_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dual_cone, "on_support", lambda matrix, sides, support: torch.full_like(sides, torch.nan))
+@pytest.mark.parametrize("error", [0.99, 1.01])
+def test_the_host_certifies_what_it_returns(error: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A linear solver that is off by 1 % either way is found out, and the device route's answer returned."""
+    jacobian = torch.tensor([[1.0, 0.0], [-0.5, 1.0]], dtype=torch.float64)
+    expected = UPGrad(solver="device")(jacobian @ jacobian.mT).weights
+    solve = dual_cone.solve_positive
+    monkeypatch.setattr(
+        dual_cone, "solve_positive", lambda *arguments, lower: (0, error * solve(*arguments, lower=1)[1])
+    )
+    torch.testing.assert_close(UPGrad(solver="host")(jacobian @ jacobian.mT).weights, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_the_host_needs_no_help(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dual_cone, "device_route", None)
     for family in FAMILIES:
-        jacobian = gradients(family, 10)
-        assert UPGrad(solver="device")(jacobian @ jacobian.mT).diagnostics["gap"] < 1e-9
+        for num_tasks in SIZES:
+            jacobian = gradients(family, num_tasks, 5)
+            assert UPGrad(solver="host")(jacobian @ jacobian.mT).diagnostics["gap"] < 1e-12
 
 
 def test_the_host_leaves_to_the_device_what_it_cannot_certify(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -109,7 +109,7 @@ def test_it_is_nash_exactly_where_the_multipliers_stated_are_not_negative() -> N
         share = nash[:, None] * gramian * nash
         solved = torch.linalg.solve(torch.eye(4, dtype=torch.float64) + share, share @ (1 / nash))
         stays = bool((cosine + (1 - cosine) * solved >= 0).all())
-        assert (relative_error(OWN(gramian).weights @ jacobian, nash @ jacobian) < 1e-9) == stays
+        assert (relative_error(OWN(gramian).weights, nash) < 1e-15) == stays
         seen.add(stays)
     assert seen == {True, False}
 
@@ -123,8 +123,8 @@ def test_its_own_length_does_not_depend_on_the_scale(family, num_tasks, seed, da
 
 
 def test_a_task_without_gradient_changes_nothing() -> None:
-    for family in ("conflict", "imbalanced"):
-        jacobian = gradients(family, 4, 3)
+    for family, num_tasks in (("conflict", 4), ("imbalanced", 10)):
+        jacobian = gradients(family, num_tasks, 3)
         extended = torch.cat([jacobian, torch.zeros_like(jacobian[:1])])
         assert relative_error(direction(OWN, extended), direction(OWN, jacobian)) < 1e-9
 

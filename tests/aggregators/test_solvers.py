@@ -11,8 +11,8 @@ import torch
 from gradient_families import FAMILIES, ROUTES, RULES, SOLVED, gradients, noise_for
 from torch import Tensor
 
-from mtrl_imgrad.aggregators import Aggregation, Aggregator, Given
-from mtrl_imgrad.aggregators.solvers import dual_cone, minimise_on_simplex, simplex
+from mtrl_imgrad.aggregators import Aggregation, Aggregator, Given, imgrad_nash
+from mtrl_imgrad.aggregators.solvers import alpha_fair, dual_cone, minimise_on_simplex, simplex
 
 # (r, q) next to p = <g_i, g0>; with q = 0 the minimiser is CAGrad's at that radius.
 KERNELS = {"cagrad": (0.4, 0.0), "quadratic": (0.0, 1.0), "both": (0.3, 0.7), "linear": (0.0, 0.0)}
@@ -122,6 +122,8 @@ def short_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Tracing unrolls the interior point; three steps show as much of its graph as all of them."""
     monkeypatch.setattr(simplex, "INTERIOR_POINT_STEPS", 3)
     monkeypatch.setattr(dual_cone, "INTERIOR_POINT_STEPS", 3)
+    monkeypatch.setattr(alpha_fair, "NASH_STEPS", 3)
+    monkeypatch.setattr(imgrad_nash, "STEPS", 3)
 
 
 @pytest.mark.usefixtures("short_loop")

@@ -62,15 +62,15 @@ def solve_alpha_fair(
     ones = active.to(torch.float64)
     moving = STEPS_PER_OCTAVE * abs(math.log2(alpha))
     uniform = torch.ones_like(cosines.norms)
-    length = (cosines.ridged.sum(-1) * uniform).sum(-1, keepdim=True).sqrt()
+    length = (cosines.matrix.sum(-1) * uniform).sum(-1, keepdim=True).sqrt()
     u = uniform * math.sqrt(gramian.shape[-1]) / length  # the best multiple of 1 for alpha = 1
     v = 1.0 / u
     for step in range(NASH_STEPS + math.ceil(moving)):
         exponent = alpha ** -(min(1.0, step / moving) if moving else 1.0)
         target = log_powers - (1.0 - exponent) * cosines.norms.log()
         excess = target - exponent * u.log() - v.log()
-        newton = u[..., :, None] * cosines.ridged * u[..., None, :] + torch.diag_embed(exponent * v * u)
-        image = (cosines.ridged @ u[..., None]).squeeze(-1)
+        newton = u[..., :, None] * cosines.matrix * u[..., None, :] + torch.diag_embed(exponent * v * u)
+        image = (cosines.matrix @ u[..., None]).squeeze(-1)
         side = u * (v * (1.0 + excess) - image)
         du = torch.cholesky_solve(side[..., None], torch.linalg.cholesky_ex(newton).L).squeeze(-1)  # relative to u
         dv = excess - exponent * du  # relative to v

@@ -18,14 +18,12 @@ class Correlations(NamedTuple):
     """||g_i||, 1 for inactive tasks."""
 
     matrix: Float[Tensor, "*batch tasks tasks"]
-    """C, the cosines between the gradients; an inactive task's row is that of the identity."""
-
-    ridged: Float[Tensor, "*batch tasks tasks"]
-    """C + delta I with the smallest delta of 1e-13, 1e-10, ..., 0.1 that lets Cholesky succeed: 1e-13 for a float64
-    Gramian, more for those that rounding has made indefinite."""
+    """C + delta I, C the cosines between the gradients, with the smallest delta of 1e-13, 1e-10, ..., 0.1 that lets
+    Cholesky succeed: 1e-13 for a float64 Gramian, more for those that rounding has made indefinite. An inactive task's
+    row is that of the identity."""
 
     factor: Float[Tensor, "*batch tasks tasks"]
-    """The Cholesky factor of `ridged`."""
+    """Its Cholesky factor."""
 
 
 def correlations(gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tensor, "*batch tasks"]) -> Correlations:
@@ -37,5 +35,5 @@ def correlations(gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tens
     ridges = torch.logspace(-13, -1, len(RIDGES), dtype=gramian.dtype, device=gramian.device)
     failed = torch.linalg.cholesky_ex(matrix[..., None, :, :] + ridges[:, None, None] * identity).info != 0
     index = failed.int().cumprod(-1).sum(-1).clamp(max=len(RIDGES) - 1)
-    ridged = matrix + ridges[index][..., None, None] * identity
-    return Correlations(norms, matrix, ridged, torch.linalg.cholesky_ex(ridged).L)
+    matrix = matrix + ridges[index][..., None, None] * identity
+    return Correlations(norms, matrix, torch.linalg.cholesky_ex(matrix).L)

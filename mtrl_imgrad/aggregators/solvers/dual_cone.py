@@ -6,7 +6,7 @@ With s = v - u and z = M v, the optimum is s, z >= 0 and s_i z_i = 0: the projec
 orthogonal to. d is unique. Every u is solved for by itself, in terms of the cosines C between the gradients, so the
 answer does not depend on how unequal their norms are; C carries the ridge of `correlations`, normally 1e-13.
 
-* device route: a primal-dual interior point in torch, then the closed form on the support {s > 0} that it found.
+* device route: a primal-dual interior point in torch.
 * host route: block pivoting on the support in numpy, for CPU tensors; an answer without certificate is left to the
   device route.
 """
@@ -66,7 +66,7 @@ def project_onto_dual_cone(
     size = torch.where(size > 0, size, 1.0)
     on_host = type(gramian) is Tensor and gramian.device.type == "cpu" and not torch.compiler.is_compiling()
     route = host_route if solver == "host" or (solver == "auto" and on_host) else device_route
-    added, gap = route(cosines.ridged, cosines.factor, scaled / size, active)
+    added, gap = route(cosines.matrix, cosines.factor, scaled / size, active)
     weights = (scaled + size * added) / cosines.norms[..., None, :]
     return DualConeSolution(torch.where(active[..., None, :], weights, 0.0), gap.amax(-1))
 
@@ -77,12 +77,11 @@ def project_onto_dual_cone(
 
 
 def device_route(matrix: Tensor, factor: Tensor, sides: Tensor, active: Tensor) -> tuple[Tensor, Tensor]:
-    """s and the gap of every side. Of s = 0, the last iterates and the closed form, the smallest gap is returned."""
+    """s and the gap of every side. Of s = 0 and the last three iterates the one with the smallest gap is returned."""
     inactive = (~active).to(torch.float64)[..., None, :]  # an inactive s_i costs 1, touches nothing else, and goes to 0
     start = sides @ matrix + inactive  # z where s = 0
     added, slope = torch.ones_like(sides), torch.ones_like(sides)
     best, best_gap = torch.zeros_like(sides), relative_gap(matrix, factor, sides, torch.zeros_like(sides))
-    support = added > 0
     for step in range(INTERIOR_POINT_STEPS):
         complementarity = (added * slope).mean(-1, keepdim=True)
         target = CENTRING * complementarity / added
@@ -91,13 +90,9 @@ def device_route(matrix: Tensor, factor: Tensor, sides: Tensor, active: Tensor) 
         d_added = torch.cholesky_solve(residual[..., None], torch.linalg.cholesky_ex(newton).L).squeeze(-1)
         d_slope = target - slope - slope / added * d_added
         d_added, d_slope = shortened(added, d_added), shortened(slope, d_slope)
-        # On the support z shrinks faster than s, elsewhere s faster than z (Tapia's indicator), whatever their scales.
-        support = d_added / added > d_slope / slope
         added, slope = added + d_added, slope + d_slope
         if step >= INTERIOR_POINT_STEPS - 3:
             best, best_gap = keep_better(matrix, factor, sides, added * (1.0 - inactive), best, best_gap)
-    closed_form = on_support(matrix, sides, support & active[..., None, :])
-    best, best_gap = keep_better(matrix, factor, sides, closed_form, best, best_gap)
     return best, best_gap
 
 
@@ -107,19 +102,10 @@ def shortened(value: Tensor, change: Tensor) -> Tensor:
     return change * (TO_BOUNDARY * room.amin(-1, keepdim=True)).clamp(max=1.0)
 
 
-def on_support(matrix: Tensor, sides: Tensor, support: Tensor) -> Float[Tensor, "*batch sides tasks"]:
-    """The s that is 0 outside of the support and has z = 0 on it."""
-    ones = support.to(torch.float64)
-    masked = matrix[..., None, :, :] * (ones[..., :, None] * ones[..., None, :]) + torch.diag_embed(1.0 - ones)
-    side = -ones * (sides @ matrix)
-    return ones * torch.cholesky_solve(side[..., None], torch.linalg.cholesky_ex(masked).L).squeeze(-1)
-
-
 def keep_better(
     matrix: Tensor, factor: Tensor, sides: Tensor, candidate: Tensor, best: Tensor, best_gap: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The candidate, with negative entries cut off, where its gap is smaller (a NaN never is)."""
-    candidate = candidate.clamp_min(0.0)
+    """The candidate where its gap is smaller (a NaN never is)."""
     gap = relative_gap(matrix, factor, sides, candidate)
     better = gap < best_gap
     return torch.where(better[..., None], candidate, best), torch.where(better, gap, best_gap)
