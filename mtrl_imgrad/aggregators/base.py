@@ -241,7 +241,7 @@ class Aggregator(ABC):
                 f"losses: {type(self).__name__} needs losses >= 0, that of task {worst} is {float(losses.min()):.6g}"
             )
         result = self.aggregate(gramian, noise, losses, jacobian, vars(self).get("_state"))
-        if result.state and all(bool(torch.isfinite(value).all()) for value in result.state.values()):
+        if result.state and all(bool(x.isfinite().all()) for x in (result.weights, *result.state.values())):
             object.__setattr__(self, "_state", result.state)  # the object is frozen as to its hyper-parameters
         return result
 

@@ -23,6 +23,7 @@ from mtrl_imgrad.aggregators import (
     GradVac,
     IMGrad,
     Mean,
+    NashMTL,
     PCGrad,
     SDMGrad,
     SDMGradOS,
@@ -72,6 +73,18 @@ def test_a_bad_number_gives_nan_for_its_own_gramian_only(name: str, bad: float) 
     torch.testing.assert_close(result.weights[2], alone.weights)
     for value in result.diagnostics.values():
         assert value.isnan().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("rule", [GradVac(), NashMTL(update_weights_every=2)], ids=["gradvac", "nashmtl"])
+def test_a_bad_number_leaves_the_state_as_it_was(rule: Aggregator) -> None:
+    rule, noise = dataclasses.replace(rule), noise_for(rule, 4)
+    gramian = gradients("conflict", 4) @ gradients("conflict", 4).mT
+    rule(gramian, noise)
+    before = rule.state_dict()
+    assert rule(gramian * torch.nan, noise).weights.isnan().all()
+    after = rule.state_dict()
+    assert before.keys() == after.keys() != set()
+    assert all(torch.equal(before[name], after[name]) for name in before)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 50])
