@@ -219,6 +219,14 @@ def check_alignedmtl(given: Given) -> Error:
 
 
 Check = Callable[[Given], Error]
+
+
+def check_adatask(given: Given) -> Error:
+    """In the first call Adam's corrected moments are g and g^2."""
+    rows = given.rows * given.scale
+    return against(given, (rows / (np.abs(rows) + vars(given.rule)["eps"])).mean(0) / given.scale)
+
+
 CHECKS: dict[str, Check] = {
     "mean": check_mean,
     "sum": check_sum,
@@ -227,6 +235,7 @@ CHECKS: dict[str, Check] = {
     "cagrad": check_cagrad,
     "imgrad": check_imgrad,
     "conicgrad": check_conicgrad,
+    "adatask": check_adatask,
     "sdmgrad": check_sdmgrad,
     "upgrad": check_upgrad,
     "dualproj": check_dualproj,

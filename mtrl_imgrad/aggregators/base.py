@@ -204,6 +204,7 @@ class Aggregator(ABC):
         result = self.solve(given)
 
         weights, own, direction = result.weights, result.own_weights, result.direction
+        weights = torch.where(active, weights, outside.unsqueeze(-1))
         if self.critic_only and given.losses is not None:
             weights = torch.where(given.losses < 0, torch.nan, weights)  # the caller sees whose loss it was
         # A task without a gradient of the shared parameters may have one of its own.
@@ -212,7 +213,7 @@ class Aggregator(ABC):
         if direction is not None:
             direction = torch.where(outside.isnan(), torch.nan, direction)
         return Aggregation(
-            torch.where(active, weights, outside.unsqueeze(-1)),
+            weights,
             {key: torch.where(usable, value, outside) for key, value in result.diagnostics.items()},
             {**state, **result.state},
             own,

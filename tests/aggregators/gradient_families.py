@@ -35,7 +35,8 @@ from mtrl_imgrad.aggregators import (
     UPGrad,
 )
 
-FAMILIES = ("gauss", "shared", "imbalanced", "parallel", "conflict", "lowrank", "mt10")
+FULL_RANK = ("gauss", "shared", "imbalanced", "parallel", "conflict")
+FAMILIES = (*FULL_RANK, "lowrank", "mt10")
 ROUTES = ("host", "device")
 
 
