@@ -212,9 +212,9 @@ def options(num_tasks: int) -> tuple[dict[tuple[str, str], Call], list[str]]:
         torchjd = None
         missing.append("torchjd is not installed: pip install 'torchjd[full]'")
     for name in measured_rules():
+        rule: Any = AGGREGATORS[name]
         constants = {"cagrad": {"c": RADIUS}, "imgrad": {"c": RADIUS}, "conicgrad": {"c": CONE}}.get(name, {})
         for route in ("host", "device"):
-            rule: Any = AGGREGATORS[name]
             found[name, f"ours, {route}"] = _ours(rule(**constants, solver=route), num_tasks)
         if name in KERNEL_RULES:
             if clarabel:

@@ -2,8 +2,9 @@
 
     python scripts/toy_pareto.py
 
-draws docs/toy_pareto/toy_pareto.png and .svg and writes the table of docs/toy_pareto/README.md. The functions and three
-of the starts are those of the published code (github.com/Cranial-XIX/CAGrad, toy.py); the other two are from Nash-MTL's
+draws docs/toy_pareto/toy_pareto.png and .svg and writes the table of docs/toy_pareto/README.md. Trajectories are kept
+in trajectories.npz there: `--rules NAME ...` runs some rules anew and draws all. The functions and three of the starts
+are those of the published code (github.com/Cranial-XIX/CAGrad, toy.py); the other two are from Nash-MTL's
 (github.com/AvivNavon/nash-mtl, experiments/toy). Adam, step size 1e-3, as both.
 """
 
@@ -37,6 +38,8 @@ SHIFT = 20.0
 """Added to the losses that a `critic_only` rule sees, which must not be negative: neither function goes below -20."""
 KEPT = 50
 """Every n-th point of a trajectory is kept."""
+DRAWN = 160
+"""Points of a trajectory that are stored and drawn, evenly spaced in time."""
 WINDOW, REST = 2_000, 0.02
 """A start is at rest when its mean over a window of steps is within REST of that over the window before."""
 REACHED = 0.1
@@ -139,12 +142,14 @@ class Outcome:
 
     Attributes:
         trajectories: one per start.
+        steps: until all starts were at rest, or the most that were allowed.
         seconds: that it took.
     """
 
     name: str
     trajectories: list[Array]
-    seconds: float
+    steps: int
+    seconds: float = 0.0
 
     def reached(self, pareto: Array) -> list[str]:
         """Of each start: `optimum`, `front` or `neither`."""
@@ -172,7 +177,9 @@ def run(name: str, steps: int) -> Outcome:
     started = time.perf_counter()
     with torch.no_grad():
         trajectories = descend(AGGREGATORS[name](**SETTINGS.get(name, {})), STARTS, steps)
-    return Outcome(name, trajectories, time.perf_counter() - started)
+    taken = min(steps, KEPT * max(len(trajectory) - 1 for trajectory in trajectories))
+    drawn = [trajectory[np.linspace(0, len(trajectory) - 1, DRAWN).astype(int)] for trajectory in trajectories]
+    return Outcome(name, drawn, taken, time.perf_counter() - started)
 
 
 MARKS = {"optimum": "★", "front": "●", "neither": "-"}
@@ -181,14 +188,14 @@ MARKS = {"optimum": "★", "front": "●", "neither": "-"}
 def table(outcomes: list[Outcome], pareto: Array) -> str:
     """In Markdown, one line per rule."""
     starts = [f"({x:g}, {y:g})" for x, y in STARTS]
-    lines = [f"| rule | {' | '.join(starts)} | front | optimum | mean losses at the ends |"]
-    lines.append("|---" + "|:-:" * (len(STARTS) + 2) + "|---|")
+    lines = [f"| rule | {' | '.join(starts)} | front | optimum | steps | mean losses at the ends |"]
+    lines.append("|---" + "|:-:" * (len(STARTS) + 3) + "|---|")
     for outcome in outcomes:
         reached = outcome.reached(pareto)
         ends = toy(np.array([trajectory[-1] for trajectory in outcome.trajectories]))[0].mean(1)
         counts = f"{len(STARTS) - reached.count('neither')}/{len(STARTS)} | {reached.count('optimum')}/{len(STARTS)}"
         marks, means = " | ".join(MARKS[label] for label in reached), ", ".join(f"{end:.2f}" for end in ends)
-        lines.append(f"| `{outcome.name}` | {marks} | {counts} | {means} |")
+        lines.append(f"| `{outcome.name}` | {marks} | {counts} | {outcome.steps:,} | {means} |")
     return "\n".join(lines)
 
 
@@ -254,25 +261,44 @@ def draw(outcomes: list[Outcome], pareto: Array, columns: int) -> plt.Figure:
     return figure
 
 
+def save(path: Path, outcomes: dict[str, Outcome]) -> None:
+    """One array a rule, in single precision: [start, point, coordinate], where point 0 has the steps taken."""
+    arrays = {}
+    for name, outcome in outcomes.items():
+        points = np.array(outcome.trajectories)
+        steps = np.full_like(points[:, :1], outcome.steps)
+        arrays[name] = np.concatenate([steps, points], axis=1).astype(np.float32)
+    np.savez_compressed(path, **arrays)
+
+
 MARKER = "<!-- made by scripts/toy_pareto.py -->"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rules", nargs="+", choices=list(AGGREGATORS), default=list(AGGREGATORS), metavar="NAME")
-    parser.add_argument("--steps", type=int, default=30_000, help="at most, from each start")
+    parser.add_argument(
+        "--steps", type=int, default=100_000, help="at most, from each start; 100,000 is what CAGrad's code takes"
+    )
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--columns", type=int, default=6, help="panels side by side")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/toy_pareto")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
 
+    kept = arguments.out / "trajectories.npz"
+    found: dict[str, Outcome] = {}
+    if kept.exists():
+        with np.load(kept) as file:
+            for name in file.files:
+                trajectories = file[name].astype(np.float64)
+                found[name] = Outcome(name, list(trajectories[:, 1:]), int(trajectories[0, 0, 0]))
     with ProcessPoolExecutor(arguments.processes) as pool:
-        outcomes = []
         for outcome in pool.map(run, arguments.rules, [arguments.steps] * len(arguments.rules)):
-            longest = KEPT * (max(map(len, outcome.trajectories)) - 1)
-            print(f"{outcome.name}: {outcome.seconds:.0f} s, {longest:,} steps", flush=True)
-            outcomes.append(outcome)
+            print(f"{outcome.name}: {outcome.seconds:.0f} s, {outcome.steps:,} steps", flush=True)
+            found[outcome.name] = outcome
+            save(kept, found)
+    outcomes = [found[name] for name in AGGREGATORS if name in found]
     pareto = front()
     figures = table(outcomes, pareto)
     print(figures)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -131,9 +132,27 @@ def test_a_start_at_rest_stops_and_the_others_go_on():
 def test_the_table_and_the_figure_tell_what_was_reached():
     front = toy.front()
     ends = [front[70], front[20], (9.0, 9.0), front[70], front[140]]
-    outcome = toy.Outcome("rule", [np.array([start, end]) for start, end in zip(toy.STARTS, ends, strict=True)], 1.0)
+    outcome = toy.Outcome("rule", [np.array([start, end]) for start, end in zip(toy.STARTS, ends, strict=True)], 4000)
     assert outcome.reached(front) == ["optimum", "front", "neither", "optimum", "front"]
     line = toy.table([outcome], front).splitlines()[-1]
-    assert line.startswith("| `rule` | ★ | ● | - | ★ | ● | 4/5 | 2/5 | -15.09, ")
+    assert line.startswith("| `rule` | ★ | ● | - | ★ | ● | 4/5 | 2/5 | 4,000 | -15.09, ")
     figure = toy.draw([outcome], front, 6)
     assert figure.axes[0].get_title() == "rule"
+
+
+def test_rules_that_were_run_before_are_drawn_again(tmp_path, monkeypatch, capsys):
+    def take(*arguments):
+        monkeypatch.setattr(sys, "argv", ["toy_pareto", *arguments, "--steps", "60", "--out", str(tmp_path)])
+        toy.main()
+        return (tmp_path / "README.md").read_text()
+
+    assert "| `mgda` |" in take("--rules", "mgda")
+    (tmp_path / "README.md").write_text("Above.\n\n" + (tmp_path / "README.md").read_text() + "\nBelow.\n")
+    text = take("--rules", "mean")
+    assert [line.split()[1] for line in text.splitlines() if line.startswith("| `")] == ["`mean`", "`mgda`"]
+    assert text.startswith("Above.")
+    assert text.endswith("Below.\n")
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "README.md", "trajectories.npz", "toy_pareto.png", "toy_pareto.svg"
+    }  # fmt: skip
+    assert "mean: " in capsys.readouterr().out
