@@ -14,8 +14,10 @@ from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, Needs, 
 
 @dataclass(frozen=True)
 class GradDrop(Aggregator):
-    """Per coordinate: p = (1 + sum_i g_i / sum_i |g_i|) / 2, u uniform in [0, 1); positive g_i are kept if p > u,
-    negative ones if p < u (Algorithm 1, lines 10 to 15). d = (1/K) sum_i (leak + (1 - leak) kept_i) g_i.
+    """Every coordinate keeps the positive or the negative gradients, by a draw that favours the larger sum.
+
+    With p = (1 + sum_i g_i / sum_i |g_i|) / 2 and u uniform in [0, 1), positive g_i are kept if p > u, negative ones if
+    p < u (Algorithm 1, lines 10 to 15). d = (1/K) sum_i (leak + (1 - leak) kept_i) g_i.
 
     Differences: the paper masks the gradient with respect to a shared activation, this the gradient of the shared
     parameters, as CAGrad's and TorchJD's codes do. The paper and TorchJD sum; this is the mean. CAGrad's code adds 1e-8

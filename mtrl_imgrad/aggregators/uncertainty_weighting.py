@@ -13,8 +13,9 @@ from mtrl_imgrad.aggregators.weight_optimiser import adam, initial_adam
 
 @dataclass(frozen=True)
 class UncertaintyWeighting(Aggregator):
-    """w_i = exp(-s_i) / K, where s_i, the log variance of task i, descends sum_i (exp(-s_i) L_i + s_i) / 2 by its own
-    Adam, from s = 0.
+    """w_i = exp(-s_i) / K with s_i the learned log variance of task i's loss.
+
+    s descends sum_i (exp(-s_i) L_i + s_i) / 2 by its own Adam, from s = 0.
 
     Mean scale: the paper's loss is sum_i (exp(-s_i) L_i + s_i) / 2, i.e. K / 2 times this one's; its step of s is the
     one taken here. A call weighs by the s from before its step, as one optimiser for both would.
