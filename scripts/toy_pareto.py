@@ -2,7 +2,7 @@
 
     python scripts/toy_pareto.py
 
-draws docs/toy_pareto/toy_pareto.png and .svg and writes the table of docs/toy_pareto/README.md. Trajectories are kept
+draws docs/toy_pareto/toy_pareto.png and writes the table of docs/toy_pareto/README.md. Trajectories are kept
 in trajectories.npz there: `--rules NAME ...` runs some rules anew and draws all. The functions and three of the starts
 are those of the published code (github.com/Cranial-XIX/CAGrad, toy.py); the other two are from Nash-MTL's
 (github.com/AvivNavon/nash-mtl, experiments/toy). Adam, step size 1e-3, as both.
@@ -211,7 +211,7 @@ LABELS = {"optimum": "global optimum", "front": "Pareto front", "neither": "neit
 
 def draw(outcomes: list[Outcome], pareto: Array, columns: int) -> plt.Figure:
     """Small multiples, a panel a rule: the mean loss as contours, the front, and trajectories that grow darker."""
-    mpl.rcParams.update({"font.family": "DejaVu Sans", "text.color": INK, "svg.hashsalt": "toy", "axes.linewidth": 0.6})
+    mpl.rcParams.update({"font.family": "DejaVu Sans", "text.color": INK, "axes.linewidth": 0.6})
     columns = min(columns, len(outcomes))
     rows = math.ceil(len(outcomes) / columns)
     figure, panels = plt.subplots(
@@ -304,7 +304,6 @@ def main() -> None:
     print(figures)
     figure = draw(outcomes, pareto, arguments.columns)
     figure.savefig(arguments.out / "toy_pareto.png", dpi=160)
-    figure.savefig(arguments.out / "toy_pareto.svg", dpi=160, metadata={"Date": None})
     page = arguments.out / "README.md"
     above, _, rest = (page.read_text() if page.exists() else f"# The toy problem\n\n{MARKER}{MARKER}").partition(MARKER)
     below = rest.partition(MARKER)[2]

@@ -14,7 +14,7 @@ import torch
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, State, check_choice, check_range
 from mtrl_imgrad.aggregators.cagrad import mean_gradient
 from mtrl_imgrad.aggregators.mgda import minimum_norm_point
-from mtrl_imgrad.aggregators.solvers import ROUTES, Route, minimise_on_simplex
+from mtrl_imgrad.aggregators.solvers import ROUTES, Route, minimise_on_simplex, takes_host
 from mtrl_imgrad.aggregators.solvers.active_set import NEAR_ZERO
 
 Mode = Literal["exact", "single_loop"]
@@ -154,6 +154,8 @@ class ConicGrad(Aggregator):
         # Regime 2: on the cone's surface. The row weights of P J^T unit are unit - <J^T unit, u> / (K ||g0||).
         # Where the cone is slack its answer is not used and J^T w may vanish: an easier problem takes its place.
         slack = (shortest_squared_norm > 0) & (cosine >= self.c)
+        if takes_host(gramian, self.solver) and bool((slack & has_axis).all()):
+            return Aggregation(inside, {"cos_theta": cosine, "gap": shortest.gap})
         surface = minimise_on_simplex(
             torch.where(slack[..., None, None], gramian, across),
             torch.where(slack[..., None], 0.0, self.c * along),

@@ -11,6 +11,6 @@ number of steps, and wait for no device.
 """
 
 from mtrl_imgrad.aggregators.solvers.projection import project_onto_simplex
-from mtrl_imgrad.aggregators.solvers.simplex import ROUTES, Route, SimplexSolution, minimise_on_simplex
+from mtrl_imgrad.aggregators.solvers.simplex import ROUTES, Route, SimplexSolution, minimise_on_simplex, takes_host
 
-__all__ = ["ROUTES", "Route", "SimplexSolution", "minimise_on_simplex", "project_onto_simplex"]
+__all__ = ["ROUTES", "Route", "SimplexSolution", "minimise_on_simplex", "project_onto_simplex", "takes_host"]

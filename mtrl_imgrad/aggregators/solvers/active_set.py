@@ -15,6 +15,8 @@ Array = NDArray[np.float64]
 
 # J^T w counts as zero where ||J^T w||^2 is at most this fraction of sum_i w_i ||g_i||^2.
 NEAR_ZERO = 1e-10
+# Where q = 0, r is at least this fraction of max|p| + r: ties of a linear objective go to the shortest J^T w.
+TIE_BREAK = 1e-10
 RIDGES = (1e-13, 1e-10, 1e-7, 1e-4, 1e-1)  # fractions of diag(M) to add, see `simplex`
 CERTIFIED = 1e-9  # the relative gap above which the answer is withheld
 PIVOTS = 60
@@ -26,14 +28,14 @@ solve_positive, factorise = get_lapack_funcs(("posv", "potrf"), dtype=np.float64
 def active_set(
     matrix: Array, linear: Array, norm: float, quadratic: float, row_norms: Array, active: NDArray[np.bool_]
 ) -> tuple[Array, Array, float, float] | None:
-    """Minimises p.w + r sqrt(w'Mw) + (q/2) w'Mw over the simplex of the active tasks, with max|p| + r + q = 1.
+    """Minimises p.w + r sqrt(w'Mw) + (q/2) w'Mw over the simplex of the active tasks.
 
     Block pivoting on the support: drop negative weights, let in tasks that would lower f, until neither is left.
     All violators change sides at once; after three rounds without progress only the last one does (Murty's rule).
 
     Returns:
         w, w / ||J^T w||, and the gap, over |f(uniform)| and over the size of f's terms at w; None without a certified
-        answer or where J^T w vanishes.
+        answer. Where J^T w vanishes the second is 0, and with r > 0 the gap may be large (see `SimplexSolution`).
     """
     if not active.all():
         keep = np.flatnonzero(active)
@@ -45,6 +47,9 @@ def active_set(
         return weights, unit, answer[2], answer[3]
 
     norm, quadratic, num_tasks = float(norm), float(quadratic), len(linear)
+    scale = float(np.abs(linear).max()) + norm + quadratic or 1.0
+    linear, norm, quadratic = linear / scale, norm / scale, quadratic / scale
+    norm = norm if quadratic > 0.0 else max(norm, TIE_BREAK)
     ridged = (matrix + np.diag(ridge * row_norms) for ridge in RIDGES)
     found = next((candidate for candidate in ridged if factorise(candidate, lower=1)[1] == 0), None)
     if found is None:
@@ -84,16 +89,19 @@ def active_set(
     weights /= weights.sum()
     image = matrix @ weights
     squared_norm = float(weights @ image)
-    if not squared_norm > NEAR_ZERO * float(weights @ row_norms):
+    if not squared_norm > 0:
         return None
     length = math.sqrt(squared_norm)
+    defined = squared_norm > NEAR_ZERO * float(weights @ row_norms)
     gradient = linear + (norm / length + quadratic) * image
     gap = max(float(weights @ gradient - gradient.min()), 0.0)
     uniform = float(matrix.mean())
     size = abs(float(linear.mean()) + norm * math.sqrt(max(uniform, 0.0)) + quadratic / 2 * uniform)
     own_size = float(np.abs(linear) @ weights) + norm * length + quadratic / 2 * squared_norm
     relative_gap, gap = gap / own_size, gap / size if size > 1e-12 else gap
-    return (weights, weights / length, gap, relative_gap) if gap <= CERTIFIED else None
+    if gap > CERTIFIED and (defined or norm == 0.0):
+        return None
+    return weights, weights / length if defined else np.zeros(num_tasks), gap, relative_gap
 
 
 def support_minimiser(

@@ -5,8 +5,7 @@
 * device route: a primal-dual interior point in torch. Batched, fixed number of steps, nothing waits for the host.
 * host route: an active set in numpy, for CPU tensors (`active_set`). Each support has a closed-form minimiser; block
   pivoting (Kim and Park 2011, for non-negative least squares) finds the support, usually in 2 to 7 factorisations. It
-  is exact to rounding. A Gramian that it cannot certify, or where J^T w vanishes, goes to the device route, so that
-  both routes answer degenerate cases alike.
+  is exact to rounding. A Gramian that it cannot certify goes to the device route.
 
 Both see M + delta diag(M) with the smallest delta of 1e-13, 1e-10, ..., 0.1 that lets Cholesky succeed. For a float64
 Gramian that is 1e-13, as if every task had a private coordinate of 3e-7 times its norm, and makes w unique. Larger
@@ -23,13 +22,11 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.solvers.active_set import NEAR_ZERO, RIDGES, active_set
+from mtrl_imgrad.aggregators.solvers.active_set import NEAR_ZERO, RIDGES, TIE_BREAK, active_set
 
 Route = Literal["auto", "device", "host"]
 ROUTES: tuple[Route, ...] = ("auto", "device", "host")
 
-# Where q = 0, r is at least this fraction of max|p| + r: ties of a linear objective go to the shortest J^T w.
-TIE_BREAK = 1e-10
 UNCERTIFIED = 1e-6  # a gap above this after all steps occurs only at the kink J^T w = 0
 INTERIOR_POINT_STEPS = 25
 ROOT_STEPS = 6
@@ -60,7 +57,7 @@ class SimplexSolution:
 
 
 class Problem(NamedTuple):
-    """The kernel's data, with p, r and q divided by max|p| + r + q."""
+    """The kernel's data."""
 
     matrix: Tensor
     linear: Tensor
@@ -91,20 +88,29 @@ def minimise_on_simplex(
         solver: the route; `auto` takes the host for plain CPU tensors outside of torch.compile.
     """
     row_norms = gramian.diagonal(dim1=-2, dim2=-1) if row_norms is None else row_norms
-    size = torch.where(active, linear, 0.0).abs().amax(-1) + norm + quadratic
-    scale = torch.where(size > 0, size, 1.0)
-    norm, quadratic = norm / scale, quadratic / scale
-    norm = torch.where(quadratic > 0, norm, norm.clamp_min(TIE_BREAK))
-    problem = Problem(gramian, linear / scale[..., None], norm, quadratic, row_norms, active)
-    on_host = type(gramian) is Tensor and gramian.device.type == "cpu" and not torch.compiler.is_compiling()
-    if solver == "host" or (solver == "auto" and on_host):
-        return host_route(problem)
-    return device_route(problem)
+    problem = Problem(gramian, linear, norm, quadratic, row_norms, active)
+    return host_route(problem) if takes_host(gramian, solver) else device_route(scaled(problem))
+
+
+def takes_host(gramian: Tensor, solver: Route) -> bool:
+    """Whether `minimise_on_simplex` takes the host route."""
+    plain = type(gramian) is Tensor and gramian.device.type == "cpu" and not torch.compiler.is_compiling()
+    return solver == "host" or (solver == "auto" and plain)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Device route
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def scaled(problem: Problem) -> Problem:
+    """The same problem with p, r and q divided by max|p| + r + q, and r at least TIE_BREAK where q = 0."""
+    linear, norm, quadratic = problem.linear, problem.norm, problem.quadratic
+    size = torch.where(problem.active, linear, 0.0).abs().amax(-1) + norm + quadratic
+    scale = torch.where(size > 0, size, 1.0)
+    norm, quadratic = norm / scale, quadratic / scale
+    norm = torch.where(quadratic > 0, norm, norm.clamp_min(TIE_BREAK))
+    return problem._replace(linear=linear / scale[..., None], norm=norm, quadratic=quadratic)
 
 
 def with_ridge(problem: Problem) -> Tensor:
@@ -271,7 +277,7 @@ def host_route(problem: Problem) -> SimplexSolution:
             weights[index], unit[index], gap[index], own_gap[index] = answer
     answers = [torch.from_numpy(array).to(problem.matrix.device) for array in (weights, unit, gap, own_gap)]
     if failed:
-        rest = device_route(Problem(*(tensor[failed] for tensor in flat)))
+        rest = device_route(scaled(Problem(*(tensor[failed] for tensor in flat))))
         for answer, part in zip(answers, (rest.weights, rest.unit, rest.gap, rest.relative_gap), strict=True):
             answer[failed] = part
     shape = (*batch, num_tasks)
