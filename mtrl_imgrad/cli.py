@@ -24,6 +24,7 @@ import yaml
 from mtrl_imgrad.aggregators import AGGREGATORS, resolve
 from mtrl_imgrad.config import Config, to_dict
 from mtrl_imgrad.envs.worker_pool import WorkerError
+from mtrl_imgrad.learner import NonFiniteError
 
 PROGRAM = "mtrl-imgrad"
 TRAIN_HELP = """Train a multi-task SAC agent on Meta-World.
@@ -40,7 +41,7 @@ Lengths and intervals are in simulator steps per task.
 
 Example: mtrl-imgrad train --config mt10 --aggregator imgrad --aggregator.c 0.4 --seed 3"""
 CHANGEABLE = (
-    *("run_dir", "device", "threads", "eval.every", "eval.final", "log", "checkpoint", "sac.steps"),
+    *("run_dir", "device", "threads", "eval.every", "eval.final", "log", "checkpoint", "sac.steps", "sac.nan_policy"),
     *("envs.workers", "envs.fast", "envs.self_check"),
 )
 """What may differ from the stored configuration on a resume."""
@@ -385,7 +386,7 @@ def keep_freed_memory() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return the exit code: 0, 2 for a user's mistake, or 1 where a worker process failed."""
+    """Run a command and return the exit code: 0, 2 for a user's mistake, 1 where a worker or training failed."""
     keep_freed_memory()
     command, *rest = list(sys.argv[1:] if arguments is None else arguments) or ["--help"]
     if command in ("-h", "--help"):
@@ -404,7 +405,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 2
-    except WorkerError as error:
+    except (WorkerError, NonFiniteError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
     return 0

@@ -157,6 +157,9 @@ class SacConfig:
     """One temperature for all tasks instead of one per task."""
     reward_scale: float = 1.0
     """Factor on every reward, applied when a batch is sampled."""
+    nan_policy: Literal["raise", "skip"] = "raise"
+    """An update with a NaN or an infinity changes nothing, whatever this is. raise: the run ends at the next log row,
+    naming task and loss; skip: it goes on and says so, and train/non_finite counts."""
     critic_loss: Literal["squared", "categorical"] = "squared"
     """squared: mean squared error; categorical: HL-Gauss cross-entropy over critic_bins bins (Farebrother et al.
     2024)."""

@@ -26,7 +26,13 @@ from mtrl_imgrad.task_gradients import TaskGradients, task_gradients
 
 BETAS = (0.9, 0.999)
 """Adam's decay rates, torch's defaults."""
+LOSSES = ("critic loss", "actor loss", "temperature loss")
+"""The rows of `Learner.non_finite`."""
 PRODUCT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class NonFiniteError(ArithmeticError):
+    """Training met a NaN or an infinity, and `sac.nan_policy` is `raise`."""
 
 
 @dataclass(frozen=True)
@@ -127,7 +133,7 @@ class Learner:
             remembered = self.rules[name].initial_state((tasks,), parameters)
             self.state |= {f"{name}/rule/{key}": value.to(device) for key, value in remembered.items()}
         self.statistics = self.inputs.initial_statistics(observation_size, device)
-        self.non_finite = torch.zeros(3, tasks, dtype=torch.int64, device=device)
+        self.non_finite = torch.zeros(len(LOSSES), tasks, dtype=torch.int64, device=device)
         # One temperature for all tasks is K temperatures that start equal and move by the mean gradient.
         mixing = torch.full((tasks, tasks), 1 / tasks) if settings.shared_temperature else torch.eye(tasks)
         self.temperature_mixing = mixing.to(device)

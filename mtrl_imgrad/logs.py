@@ -21,7 +21,7 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from mtrl_imgrad.learner import Metrics
+from mtrl_imgrad.learner import LOSSES, Metrics, NonFiniteError
 
 
 class ProgressCsv(KVWriter):
@@ -181,9 +181,10 @@ class RunLog:
         total: simulator steps per task at the end of training.
         start: step from which this process trains; later rows of an interrupted run are dropped.
         tensorboard: whether to write TensorBoard events.
+        non_finite: the learner's count of non-finite losses at the start, of which nothing is said any more.
     """
 
-    def __init__(self, folder: Path, total: int, start: int, tensorboard: bool) -> None:
+    def __init__(self, folder: Path, total: int, start: int, tensorboard: bool, non_finite: Tensor) -> None:
         writers: list[KVWriter] = [ProgressCsv(folder / "progress.csv", start)]
         if tensorboard:
             writers.append(TensorBoard(folder / "tensorboard", start + 1 if start else None))
@@ -194,7 +195,7 @@ class RunLog:
         self.bar = self.progress.add_task("starting", total=total, completed=start)
         self.total, self.start, self.started = total, start, time.perf_counter()
         self.success: dict[str, float] = {}
-        self.warned = 0
+        self.non_finite = non_finite.clone()
         self.progress.start()
 
     def print(self, text: str) -> None:
@@ -218,18 +219,24 @@ class RunLog:
         if not self.console.is_terminal:
             self.print(line)
 
-    def warn_of_non_finite(self, counts: Tensor, tasks: Sequence[str]) -> None:
-        """Say so if updates were skipped since the last call, naming tasks and losses."""
-        total = int(counts.sum())
-        if total > self.warned:
-            named = [
-                f"{loss} of {task}: {int(number)}"
-                for loss, row in zip(("critic loss", "actor loss", "temperature loss"), counts, strict=True)
-                for task, number in zip(tasks, row, strict=True)
-                if number
-            ]
-            self.print(f"warning: non-finite losses, their updates were skipped ({'; '.join(named)})")
-            self.warned = total
+    def tell_non_finite(self, counts: Tensor, tasks: Sequence[str], policy: str) -> None:
+        """Say which losses were not finite since the last call, or end the run with it.
+
+        Raises:
+            NonFiniteError: there were some, and the policy is `raise`.
+        """
+        new, self.non_finite = counts - self.non_finite, counts.clone()
+        named = [
+            f"{loss} of {task}: {number}"
+            for loss, numbers in zip(LOSSES, new.tolist(), strict=True)
+            for task, number in zip(tasks, numbers, strict=True)
+            if number
+        ]
+        if named:
+            text = f"non-finite losses or gradients, their updates were skipped ({'; '.join(named)})"
+            if policy == "raise":
+                raise NonFiniteError(f"{text}; sac.nan_policy skip would have gone on.")
+            self.print(f"warning: {text}")
 
     def close(self) -> None:
         self.progress.stop()

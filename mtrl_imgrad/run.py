@@ -186,7 +186,7 @@ class Run:
         self.folder = resume or create_run(config, self.world.description)
         if resume:
             describe_run(resume, config, self.start)
-        self.log = RunLog(self.folder, config.sac.steps, self.start, config.log.tensorboard)
+        self.log = RunLog(self.folder, config.sac.steps, self.start, config.log.tensorboard, self.learner.non_finite)
 
     def __enter__(self) -> Run:
         return self

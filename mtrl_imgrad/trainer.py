@@ -26,6 +26,7 @@ def train(config: Config, resume: Path | None = None, make_world: MakeWorld = me
         ValueError: a field is not allowed, or the folder cannot be resumed.
         MemoryError: the replay does not fit.
         FileExistsError: the run folder exists.
+        NonFiniteError: a loss was not finite; see `sac.nan_policy`.
     """
     with Run(config, resume, make_world) as run:
         return run_training(run)
@@ -83,10 +84,11 @@ def run_training(run: Run) -> Path:
         # Report
         if evaluating or run.due(config.log.every, step) or step == steps[-1]:
             counts = {"train/updates": float(learner.state["updates"]), "rollout/transitions": step * len(run.tasks)}
+            counts["train/non_finite"] = int(learner.non_finite.sum())
             times = watch.pop(step, len(run.tasks), learner.pop_aggregation_seconds())
             times["time/elapsed"] = run.elapsed()
             run.log.row(step, counts | run.episodes.pop(run.tasks) | run.averages.pop(run.tasks) | evaluated | times)
-            run.log.warn_of_non_finite(learner.non_finite, run.tasks)
+            run.log.tell_non_finite(learner.non_finite, run.tasks, sac.nan_policy)
 
         # Save at the next moment when no episode is under way
         checkpoint_due |= run.due(config.checkpoint.every, step)

@@ -241,6 +241,15 @@ class TestMistakes:
         with pytest.raises(ValueError, match="invalid literal"):
             main(["train", *TINY_FLAGS, "--run-dir", "other"])
 
+    def test_non_finite_training_ends_with_exit_code_1_and_one_line_or_goes_on_when_asked(self, work, tiny, capsys):
+        """Adam's step of 1e38 overflows the first losses after it."""
+        flags = ["train", *TINY_FLAGS, "--sac.critic-lr", "1e38"]
+        assert main([*flags, "--run-dir", "run"]) == 1
+        said = capsys.readouterr().err
+        assert re.fullmatch(r"mtrl-imgrad: non-finite losses.*(critic|actor) loss of (east|north): \d+.*\n", said)
+        assert main([*flags, "--run-dir", "other", "--sac.nan-policy", "skip"]) == 0
+        assert "warning: non-finite losses" in capsys.readouterr().out
+
 
 class TestPrecedence:
     def write(self, folder: Path, name: str, plain: dict) -> str:

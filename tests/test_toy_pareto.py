@@ -153,6 +153,6 @@ def test_rules_that_were_run_before_are_drawn_again(tmp_path, monkeypatch, capsy
     assert text.startswith("Above.")
     assert text.endswith("Below.\n")
     assert {path.name for path in tmp_path.iterdir()} == {
-        "README.md", "trajectories.npz", "toy_pareto.png", "toy_pareto.svg"
+        "README.md", "trajectories.npz", "toy_pareto.png"
     }  # fmt: skip
     assert "mean: " in capsys.readouterr().out

@@ -15,6 +15,7 @@ from tiny_world import TinyVectorEnv, make_world, tiny_config, tiny_sac
 from mtrl_imgrad import Config, train
 from mtrl_imgrad.aggregators import IMGrad, Mean
 from mtrl_imgrad.config import CheckpointConfig, EnvsConfig, EvalConfig, LogConfig, NetworkConfig
+from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.run import Run, World
 from mtrl_imgrad.trainer import run_training
 
@@ -316,8 +317,30 @@ class TestFailures:
             train(replace(config, replay=replace(config.replay, capacity=10**13)), make_world=make_world)
         assert not (tmp_path / "run").exists()
 
-    def test_non_finite_rewards_are_told_with_task_and_loss_and_change_nothing(self, tmp_path, capsys):
-        folder = train(short_config(tmp_path / "run"), make_world=partial(make_world, constant_reward=float("nan")))
+    def test_non_finite_rewards_end_the_run_at_a_log_row_with_task_and_loss(self, tmp_path, read_csv):
+        broken = partial(make_world, constant_reward=float("nan"))
+        with pytest.raises(NonFiniteError, match=r"critic loss of east: \d+; .*sac\.nan_policy skip"):
+            train(short_config(tmp_path / "run"), make_world=broken)
+        rows = read_csv(tmp_path / "run" / "progress.csv")
+        counts = [float(row["train/non_finite"]) for row in rows]
+        assert counts[-1] > 0
+        assert not any(counts[:-1])
+
+    def test_non_finite_numbers_from_before_a_resume_do_not_end_the_run_again(self, tmp_path):
+        skip = short_config(tmp_path / "run", sac=tiny_sac(steps=80, warmup=40, nan_policy="skip"))
+        train(skip, make_world=partial(make_world, constant_reward=float("nan")))
+        longer = replace(skip, sac=replace(skip.sac, steps=80 + 40, nan_policy="raise"))
+        with Run(longer, tmp_path / "run", make_world) as run:
+            assert run.learner.non_finite.any()
+            run.log.tell_non_finite(run.learner.non_finite, run.tasks, "raise")
+            run.learner.non_finite[1, 0] += 1
+            with pytest.raises(NonFiniteError, match=r"\(actor loss of \w+: 1\)"):
+                run.log.tell_non_finite(run.learner.non_finite, run.tasks, "raise")
+
+    def test_with_skip_non_finite_rewards_are_told_with_task_and_loss_and_change_nothing(self, tmp_path, capsys):
+        config = short_config(tmp_path / "run")
+        config = replace(config, sac=replace(config.sac, nan_policy="skip"))
+        folder = train(config, make_world=partial(make_world, constant_reward=float("nan")))
         said = capsys.readouterr().out
         assert "warning: non-finite losses" in said
         assert "critic loss of east" in said
