@@ -42,18 +42,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 command, and one outlier for the robust rules."""
 
 
-class GramianWeighting(Weighting[PSDMatrix]):
-    """A rule as TorchJD's weighting: `weighting(gramian)` gives the row weights, in the Gramian's dtype.
-
-    `state_dict` holds the rule's state; random numbers come from torch's default generator.
-    """
+class _HoldsRule(nn.Module):
+    """A module whose state is its rule's; named before TorchJD's class, so that its `__repr__` comes first."""
 
     def __init__(self, rule: Aggregator) -> None:
         super().__init__()
         self.rule = rule
-
-    def forward(self, gramian: PSDMatrix, /) -> Tensor:
-        return self.rule(gramian).weights.to(gramian.dtype)
 
     def reset(self) -> None:
         """Forget the rule's state."""
@@ -67,6 +61,18 @@ class GramianWeighting(Weighting[PSDMatrix]):
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.rule!r})"
+
+    __str__ = __repr__
+
+
+class GramianWeighting(_HoldsRule, Weighting[PSDMatrix]):
+    """A rule as TorchJD's weighting: `weighting(gramian)` gives the row weights, in the Gramian's dtype.
+
+    `state_dict` holds the rule's state; random numbers come from torch's default generator.
+    """
+
+    def forward(self, gramian: PSDMatrix, /) -> Tensor:
+        return self.rule(gramian).weights.to(gramian.dtype)
 
 
 class GramianRule(GramianWeightedAggregator):
@@ -87,32 +93,13 @@ class GramianRule(GramianWeightedAggregator):
     __str__ = __repr__
 
 
-class JacobianRule(torchjd.aggregation.Aggregator):
+class JacobianRule(_HoldsRule, torchjd.aggregation.Aggregator):
     """A rule that needs J, as TorchJD's aggregator; there is no weighting of it."""
-
-    def __init__(self, rule: Aggregator) -> None:
-        super().__init__()
-        self.rule = rule
 
     @torch.no_grad()
     def forward(self, matrix: Matrix, /) -> Tensor:
         result = self.rule(matrix @ matrix.mT, jacobian=matrix)
         return result.weights.to(matrix.dtype) @ matrix if result.direction is None else result.direction
-
-    def reset(self) -> None:
-        """Forget the rule's state."""
-        self.rule.reset()
-
-    def get_extra_state(self) -> dict[str, Tensor]:
-        return self.rule.state_dict()
-
-    def set_extra_state(self, state: Mapping[str, Tensor]) -> None:
-        self.rule.load_state_dict(state)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.rule!r})"
-
-    __str__ = __repr__
 
 
 def to_torchjd(rule: Aggregator) -> GramianRule | JacobianRule:
