@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from scipy.linalg import get_lapack_funcs
 
 Array = NDArray[np.float64]
+Mask = NDArray[np.bool_]
 
 # J^T w counts as zero where ||J^T w||^2 is at most this fraction of sum_i w_i ||g_i||^2.
 NEAR_ZERO = 1e-10
@@ -26,12 +27,11 @@ solve_positive, factorise = get_lapack_funcs(("posv", "potrf"), dtype=np.float64
 
 
 def active_set(
-    matrix: Array, linear: Array, norm: float, quadratic: float, row_norms: Array, active: NDArray[np.bool_]
+    matrix: Array, linear: Array, norm: float, quadratic: float, row_norms: Array, active: Mask
 ) -> tuple[Array, Array, float, float] | None:
     """Minimises p.w + r sqrt(w'Mw) + (q/2) w'Mw over the simplex of the active tasks.
 
     Block pivoting on the support: drop negative weights, let in tasks that would lower f, until neither is left.
-    All violators change sides at once; after three rounds without progress only the last one does (Murty's rule).
 
     Returns:
         w, w / ||J^T w||, and the gap, over |f(uniform)| and over the size of f's terms at w; None without a certified
@@ -57,7 +57,7 @@ def active_set(
     matrix = found
     lengths, shares = np.sqrt(row_norms), 1.0 / row_norms
     support, weights = np.ones(num_tasks, dtype=bool), np.zeros(num_tasks)
-    fewest, patience = num_tasks + 1, 3
+    pivoting = Pivoting(num_tasks)
     for _ in range(PIVOTS):
         chosen = support.nonzero()[0]
         values, curvature, level = support_minimiser(
@@ -72,17 +72,8 @@ def active_set(
             # |M| w is at most ||g_i|| sum_j w_j ||g_j||, so gradients of all lengths are judged by their own rounding.
             terms = curvature * float(lengths @ np.abs(weights)) * lengths + np.abs(linear) + abs(level)
             wrong |= (linear + curvature * image < level - ROUNDING * terms) & ~support
-        num_wrong = int(wrong.sum())
-        if num_wrong == 0:
+        if not pivoting.change_sides(support, wrong, may_empty=False):  # an empty support has no minimiser
             break
-        if num_wrong < fewest:
-            fewest, patience = num_wrong, 3
-        else:
-            patience -= 1
-        if patience >= 0 and not np.array_equal(support, wrong):  # an empty support has no minimiser
-            support ^= wrong
-        else:
-            support[wrong.nonzero()[0][-1]] ^= True
     else:
         return None
 
@@ -102,6 +93,27 @@ def active_set(
     if gap > CERTIFIED and (defined or norm == 0.0):
         return None
     return weights, weights / length if defined else np.zeros(num_tasks), gap, relative_gap
+
+
+class Pivoting:
+    """Block pivoting (Kim and Park 2011): all violators change sides at once; after three rounds without progress only
+    the last one does (Murty's rule)."""
+
+    def __init__(self, num_tasks: int) -> None:
+        self.fewest, self.patience = num_tasks + 1, 3
+
+    def change_sides(self, support: Mask, wrong: Mask, may_empty: bool = True) -> bool:
+        """Changes the support in place; False where nobody is wrong."""
+        num_wrong = np.count_nonzero(wrong)
+        if num_wrong == 0:
+            return False
+        self.patience = 3 if num_wrong < self.fewest else self.patience - 1
+        self.fewest = min(num_wrong, self.fewest)
+        if self.patience >= 0 and (may_empty or not np.array_equal(support, wrong)):
+            support ^= wrong
+        else:
+            support[wrong.nonzero()[0][-1]] ^= True
+        return True
 
 
 def support_minimiser(

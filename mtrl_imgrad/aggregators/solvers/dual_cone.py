@@ -18,10 +18,10 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from numpy.typing import NDArray
 from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
+from mtrl_imgrad.aggregators.solvers.active_set import PIVOTS, Array, Mask, Pivoting
 from mtrl_imgrad.aggregators.solvers.correlations import correlations
 from mtrl_imgrad.aggregators.solvers.simplex import Route
 
@@ -29,8 +29,6 @@ INTERIOR_POINT_STEPS = 25
 CENTRING = 0.15
 TO_BOUNDARY = 0.995
 CERTIFIED = 1e-12  # the relative gap above which the host route withholds its answer
-PIVOTS = 60
-Array = NDArray[np.float64]
 
 solve_positive, solve_triangular = get_lapack_funcs(("posv", "trtrs"), dtype=np.float64)
 
@@ -154,28 +152,18 @@ def host_route(matrix: Tensor, factor: Tensor, sides: Tensor, active: Tensor) ->
     return added.reshape(sides.shape), gap.reshape(sides.shape[:-1])
 
 
-def pivot(matrix: Array, factor: Array, side: Array, active: NDArray[np.bool_]) -> tuple[Array, float] | None:
-    """s and its gap by block pivoting (Kim and Park 2011), or None without a certified answer.
+def pivot(matrix: Array, factor: Array, side: Array, active: Mask) -> tuple[Array, float] | None:
+    """s and its gap by block pivoting, or None without a certified answer.
 
-    Drop negative s_i from the support, let in tasks with z_i < 0, until neither is left. All violators change sides at
-    once; after three rounds without progress only the last one does (Murty's rule).
+    Drop negative s_i from the support, let in tasks with z_i < 0, until neither is left.
     """
     start = matrix @ side
     support, slope, added = np.zeros(len(side), dtype=bool), start, np.zeros(len(side))
-    fewest, patience = len(side) + 1, 3
+    pivoting = Pivoting(len(side))
     for _ in range(PIVOTS):
         wrong = active & np.where(support, added < 0, slope < -1e-14)
-        num_wrong = int(wrong.sum())
-        if num_wrong == 0:
+        if not pivoting.change_sides(support, wrong):
             break
-        if num_wrong < fewest:
-            fewest, patience = num_wrong, 3
-        else:
-            patience -= 1
-        if patience >= 0:
-            support ^= wrong
-        else:
-            support[wrong.nonzero()[0][-1]] ^= True
         chosen = support.nonzero()[0]
         added = np.zeros(len(side))
         if len(chosen):
