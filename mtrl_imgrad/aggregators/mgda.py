@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, check_choice
+from mtrl_imgrad.aggregators.cagrad import mean_gradient
 from mtrl_imgrad.aggregators.solvers import ROUTES, Route, SimplexSolution, minimise_on_simplex
 from mtrl_imgrad.aggregators.solvers.active_set import NEAR_ZERO
 
@@ -30,9 +31,9 @@ def minimum_norm_point(
     direction of gm is rounding noise there. The published IMGrad code, which adds 1e-8, gives 0 too.
     """
     solution = shortest_combination(gramian, active, solver)
-    weights, mean_products = solution.weights, gramian.mean(-1)
+    weights = solution.weights
+    mean_products, mean_norm = mean_gradient(gramian)
     squared_norm = (weights * (gramian @ weights[..., None]).squeeze(-1)).sum(-1)
-    mean_norm = mean_products.mean(-1).clamp_min(0.0).sqrt()
     own_norms = (weights * gramian.diagonal(dim1=-2, dim2=-1)).sum(-1)
     valid = (squared_norm > NEAR_ZERO * own_norms) & (mean_norm > 0)
     length = torch.where(valid, squared_norm.clamp_min(0.0).sqrt() * mean_norm, 1.0)

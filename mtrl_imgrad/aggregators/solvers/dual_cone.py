@@ -23,11 +23,10 @@ from torch import Tensor
 
 from mtrl_imgrad.aggregators.solvers.active_set import PIVOTS, Array, Mask, Pivoting
 from mtrl_imgrad.aggregators.solvers.correlations import correlations
-from mtrl_imgrad.aggregators.solvers.simplex import Route
+from mtrl_imgrad.aggregators.solvers.simplex import Route, step_length, takes_host
 
 INTERIOR_POINT_STEPS = 25
 CENTRING = 0.15
-TO_BOUNDARY = 0.995
 CERTIFIED = 1e-12  # the relative gap above which the host route withholds its answer
 
 solve_positive, solve_triangular = get_lapack_funcs(("posv", "trtrs"), dtype=np.float64)
@@ -62,8 +61,7 @@ def project_onto_dual_cone(
     scaled = torch.where(active[..., None, :], sides * cosines.norms[..., None, :], 0.0)
     size = scaled.abs().amax(-1, keepdim=True)
     size = torch.where(size > 0, size, 1.0)
-    on_host = type(gramian) is Tensor and gramian.device.type == "cpu" and not torch.compiler.is_compiling()
-    route = host_route if solver == "host" or (solver == "auto" and on_host) else device_route
+    route = host_route if takes_host(gramian, solver) else device_route
     added, gap = route(cosines.matrix, cosines.factor, scaled / size, active)
     weights = (scaled + size * added) / cosines.norms[..., None, :]
     return DualConeSolution(torch.where(active[..., None, :], weights, 0.0), gap.amax(-1))
@@ -87,17 +85,10 @@ def device_route(matrix: Tensor, factor: Tensor, sides: Tensor, active: Tensor) 
         residual = target - start - added @ matrix
         d_added = torch.cholesky_solve(residual[..., None], torch.linalg.cholesky_ex(newton).L).squeeze(-1)
         d_slope = target - slope - slope / added * d_added
-        d_added, d_slope = shortened(added, d_added), shortened(slope, d_slope)
-        added, slope = added + d_added, slope + d_slope
+        added, slope = added + step_length(added, d_added) * d_added, slope + step_length(slope, d_slope) * d_slope
         if step >= INTERIOR_POINT_STEPS - 3:
             best, best_gap = keep_better(matrix, factor, sides, added * (1.0 - inactive), best, best_gap)
     return best, best_gap
-
-
-def shortened(value: Tensor, change: Tensor) -> Tensor:
-    """The part of a change, at most all of it, that keeps value + change positive with a margin."""
-    room = torch.where(change < 0, -value / torch.where(change < 0, change, -1.0), torch.inf)
-    return change * (TO_BOUNDARY * room.amin(-1, keepdim=True)).clamp(max=1.0)
 
 
 def keep_better(

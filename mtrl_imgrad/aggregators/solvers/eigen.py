@@ -11,7 +11,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.solvers.simplex import Route
+from mtrl_imgrad.aggregators.solvers.simplex import Route, takes_host
 
 SWEEPS = 9
 
@@ -25,8 +25,7 @@ def symmetric_eigen(
         matrix: symmetric, float64.
         solver: the route; `auto` takes the host (LAPACK) for plain CPU tensors outside of torch.compile.
     """
-    on_host = type(matrix) is Tensor and matrix.device.type == "cpu" and not torch.compiler.is_compiling()
-    if solver == "host" or (solver == "auto" and on_host):
+    if takes_host(matrix, solver):
         values, vectors = torch.linalg.eigh(matrix.cpu())
         return values.to(matrix.device), vectors.to(matrix.device)
     return jacobi(matrix)

@@ -93,7 +93,7 @@ def minimise_on_simplex(
 
 
 def takes_host(gramian: Tensor, solver: Route) -> bool:
-    """Whether `minimise_on_simplex` takes the host route."""
+    """Whether a solver takes its host route; `auto` does for plain CPU tensors outside of torch.compile."""
     plain = type(gramian) is Tensor and gramian.device.type == "cpu" and not torch.compiler.is_compiling()
     return solver == "host" or (solver == "auto" and plain)
 
