@@ -7,15 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
-from mtrl_imgrad.aggregators.base import (
-    Aggregation,
-    Aggregator,
-    Given,
-    Needs,
-    State,
-    check_choice,
-    check_range,
-)
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, Needs, State, check_choice, check_range
 from mtrl_imgrad.aggregators.solvers.projection import project_onto_simplex
 
 Projection = Literal["simplex", "softmax"]

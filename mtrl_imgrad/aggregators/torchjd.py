@@ -232,7 +232,6 @@ def named(name: str) -> type[TorchJDRule]:
         "source": source,
         "__doc__": f"TorchJD's {name}, as it is: {_first_sentence(source)}",
         "__module__": __name__,
-        "foreign": _Named.foreign,
     }
     return dataclasses.make_dataclass(name, fields, bases=(_Named,), namespace=namespace, frozen=True)
 
@@ -270,7 +269,7 @@ def _first_sentence(source: type) -> str:
     return text.partition(". ")[0].rstrip(".") + "."
 
 
-def __getattr__(name: str) -> type[nn.Module] | type[TorchJDRule]:
+def __getattr__(name: str) -> type[TorchJDRule]:
     """The rules of `named` as attributes of this module, so that they can be pickled."""
     if name.startswith("_") or name not in torchjd.aggregation.__all__:
         raise AttributeError(name)
