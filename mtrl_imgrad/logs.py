@@ -21,7 +21,8 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from mtrl_imgrad.learner import LOSSES, Metrics, NonFiniteError
+from mtrl_imgrad.learner import NonFiniteError
+from mtrl_imgrad.sac_update import LOSSES, Metrics
 
 
 class ProgressCsv(KVWriter):
@@ -161,13 +162,11 @@ class Stopwatch:
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before
         self.counts[name] = self.counts.get(name, 0) + count
 
-    def pop(self, step: int, tasks: int, aggregation_seconds: float) -> dict[str, float]:
+    def pop(self, step: int, tasks: int) -> dict[str, float]:
         """Tags of the interval that ends at `step`; then starts anew."""
         now = time.perf_counter()
         training = now - self.started - self.seconds.get("evaluation", 0.0)
         tags = {f"time/{name}_ms": 1000 * total / self.counts[name] for name, total in self.seconds.items()}
-        if "update" in self.counts:
-            tags["time/aggregation_ms"] = 1000 * aggregation_seconds / self.counts["update"]
         tags["time/fps"] = (step - self.step) * tasks / training
         self.step, self.started, self.seconds, self.counts = step, now, {}, {}
         return tags

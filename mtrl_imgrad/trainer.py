@@ -85,7 +85,7 @@ def run_training(run: Run) -> Path:
         if evaluating or run.due(config.log.every, step) or step == steps[-1]:
             counts = {"train/updates": float(learner.state["updates"]), "rollout/transitions": step * len(run.tasks)}
             counts["train/non_finite"] = int(learner.non_finite.sum())
-            times = watch.pop(step, len(run.tasks), learner.pop_aggregation_seconds())
+            times = watch.pop(step, len(run.tasks))
             times["time/elapsed"] = run.elapsed()
             run.log.row(step, counts | run.episodes.pop(run.tasks) | run.averages.pop(run.tasks) | evaluated | times)
             run.log.tell_non_finite(learner.non_finite, run.tasks, sac.nan_policy)

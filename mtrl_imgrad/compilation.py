@@ -1,0 +1,182 @@
+"""The whole update as one compiled graph.
+
+The update, its backward passes included, is traced into one graph of tensor operations, which torch.compile takes with
+`fullgraph=True`. On a CPU an aggregator is one opaque operator of that graph: its host solver (numpy) is faster there
+than a compiled iteration of fixed length, and a user's rule may be any Python. On a GPU the aggregator is traced too,
+and nothing in the graph waits for the host.
+
+The graph is for fixed shapes and made once; torch keeps what it compiled on disk for the next process.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+from weakref import WeakValueDictionary
+
+import torch
+from torch import Tensor
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from mtrl_imgrad.aggregators import Aggregation, Aggregator
+from mtrl_imgrad.replay import Batch
+from mtrl_imgrad.sac_update import Metrics, Noise, SacUpdate, State
+
+OPERATOR = "(int rule, Tensor gramian, Tensor? noise, Tensor losses, Tensor? jacobian, Tensor[] state) -> Tensor[]"
+RULES: WeakValueDictionary[int, Aggregator] = WeakValueDictionary()
+"""What the first argument of an operator stands for: a graph can hold numbers and tensors alone."""
+NUMBERS = itertools.count()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# An aggregator as one operator
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OpaqueRule:
+    """A rule whose `aggregate` is one operator of a graph, called as it is when the graph runs.
+
+    Attributes:
+        rule: the rule.
+        number: its key in RULES.
+        operator: takes the arguments of OPERATOR, gives the tensors of `flattened`.
+        example: an aggregation with the names that the rule's have.
+    """
+
+    rule: Aggregator
+    number: int
+    operator: Callable[..., Sequence[Tensor]]
+    example: Aggregation
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.rule, name)
+
+    def aggregate(
+        self, gramian: Tensor, noise: Tensor | None, losses: Tensor, jacobian: Tensor | None, state: State
+    ) -> Aggregation:
+        """See `Aggregator.aggregate`."""
+        held = [state[name] for name in sorted(state)]
+        return restored(self.operator(self.number, gramian, noise, losses, jacobian, held), self.example)
+
+
+def flattened(aggregation: Aggregation) -> list[Tensor]:
+    """Its tensors in a fixed order; copies, since an operator's outputs may be neither its inputs nor one another."""
+    parts = [aggregation.weights, *aggregation.diagnostics.values()]
+    parts += [aggregation.state[name] for name in sorted(aggregation.state)]
+    parts += [part for part in (aggregation.own_weights, aggregation.direction) if part is not None]
+    return [part.clone() for part in parts]
+
+
+def restored(parts: Sequence[Tensor], example: Aggregation) -> Aggregation:
+    """The inverse of `flattened`, given an aggregation with the same names."""
+    left = iter(parts)
+    return Aggregation(
+        next(left),
+        {name: next(left) for name in example.diagnostics},
+        {name: next(left) for name in sorted(example.state)},
+        None if example.own_weights is None else next(left),
+        None if example.direction is None else next(left),
+    )
+
+
+def opaque(rule: Aggregator, tasks: int, parameters: int) -> OpaqueRule:
+    """The rule as one operator.
+
+    The operator is named after the rule and its sizes, and lasts as long as the process: what torch compiled for an
+    equal rule, here or in another process, fits.
+
+    Args:
+        rule: any rule.
+        tasks: K.
+        parameters: shared parameters, the columns of J.
+    """
+    noise = rule.draw_noise(tasks, torch.Generator(), parameters)
+    needs_jacobian = rule.needs == "jacobian"
+    jacobian = torch.eye(tasks, parameters) if needs_jacobian else None
+    state = rule.initial_state((tasks,), parameters if needs_jacobian else 0)
+    names = sorted(state)
+    # A copy, since a foreign rule may remember the call.
+    example = copy.deepcopy(rule).aggregate(
+        torch.eye(tasks, dtype=torch.float64), noise, torch.ones(tasks), jacobian, state
+    )
+    shapes = [(part.shape, part.dtype) for part in flattened(example)]
+    kind = f"{type(rule).__module__} {type(rule).__qualname__} {rule!r} {tasks} {parameters}"
+    name = f"aggregate_{hashlib.sha256(kind.encode()).hexdigest()[:16]}"
+    if not hasattr(torch.ops.mtrl_imgrad, name):
+
+        def call(
+            rule: int, gramian: Tensor, noise: Tensor | None, losses: Tensor, jacobian: Tensor | None, state: list
+        ) -> list[Tensor]:
+            held = dict(zip(names, state, strict=True))
+            return flattened(RULES[rule].aggregate(gramian, noise, losses, jacobian, held))
+
+        torch.library.define(f"mtrl_imgrad::{name}", OPERATOR)
+        torch.library.impl(f"mtrl_imgrad::{name}", "cpu", call)
+        torch.library.register_fake(f"mtrl_imgrad::{name}", lambda *_: [torch.empty(shape, dtype=dtype) for shape, dtype in shapes])
+    number = next(NUMBERS)
+    RULES[number] = rule
+    return OpaqueRule(rule, number, getattr(torch.ops.mtrl_imgrad, name), example)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The graph
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class CompiledUpdate:
+    """An update that was traced and compiled for the shapes of its arguments. Calling it gives what `update` gives, up
+    to rounding.
+
+    Args:
+        update: what to compile.
+        state, batch, noise: arguments of the shapes to come. They are used for one call, whose results are dropped.
+        backend: torch.compile's.
+    """
+
+    def __init__(
+        self, update: SacUpdate, state: State, batch: Batch, noise: Noise, backend: str = "inductor"
+    ) -> None:
+        opaques: list[OpaqueRule] = []
+        if state["critic"].device.type == "cpu":
+            tasks = len(state["log_alpha"])
+            layouts = {"critic": update.critic.layout, "actor": update.actor.layout}
+            rules = {name: opaque(rule, tasks, layouts[name].shared_size) for name, rule in update.rules.items()}
+            opaques = list(rules.values())
+            update = replace(update, rules=rules)  # pyright: ignore[reportArgumentType]
+        self.state_names = list(state)
+        self.noises = [name for name, tensor in vars(noise).items() if tensor is not None]
+        self.batch_names = list(vars(batch))
+        self.outputs: tuple[list[str], list[str], list[str]] = ([], [], [])
+
+        def flat(tensors: list[Tensor]) -> list[Tensor]:
+            left = iter(tensors)
+            taken = {name: next(left) for name in self.state_names}
+            rows = Batch(**{name: next(left) for name in self.batch_names})
+            drawn = {name: next(left) if name in self.noises else None for name in vars(noise)}
+            new, metrics = update(taken, rows, Noise(**drawn))  # pyright: ignore[reportArgumentType]
+            self.outputs = (list(new), list(metrics.per_task), list(metrics.scalars))
+            return [*new.values(), *metrics.per_task.values(), *metrics.scalars.values()]
+
+        traced = make_fx(flat, tracing_mode="fake")(self._tensors(state, batch, noise))
+        self.graph = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend)
+        self.rules = [copy.deepcopy(each.rule) for each in opaques]  # RULES keeps nothing alive
+        RULES.update(zip((each.number for each in opaques), self.rules, strict=True))
+        self(state, batch, noise)
+        self.rules = [each.rule for each in opaques]
+        RULES.update(zip((each.number for each in opaques), self.rules, strict=True))
+
+    def _tensors(self, state: State, batch: Batch, noise: Noise) -> list[Tensor]:
+        parts = vars(noise)
+        return [*(state[name] for name in self.state_names), *vars(batch).values(), *(parts[n] for n in self.noises)]
+
+    @torch.no_grad()
+    def __call__(self, state: State, batch: Batch, noise: Noise) -> tuple[State, Metrics]:
+        """See `SacUpdate`."""
+        left = iter(self.graph(self._tensors(state, batch, noise)))
+        new, per_task, scalars = ({name: next(left) for name in names} for names in self.outputs)
+        return new, Metrics(per_task, scalars)
