@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import itertools
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -117,7 +118,9 @@ def opaque(rule: Aggregator, tasks: int, parameters: int) -> OpaqueRule:
 
         torch.library.define(f"mtrl_imgrad::{name}", OPERATOR)
         torch.library.impl(f"mtrl_imgrad::{name}", "cpu", call)
-        torch.library.register_fake(f"mtrl_imgrad::{name}", lambda *_: [torch.empty(shape, dtype=dtype) for shape, dtype in shapes])
+        torch.library.register_fake(
+            f"mtrl_imgrad::{name}", lambda *_: [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
+        )
     number = next(NUMBERS)
     RULES[number] = rule
     return OpaqueRule(rule, number, getattr(torch.ops.mtrl_imgrad, name), example)
@@ -138,9 +141,7 @@ class CompiledUpdate:
         backend: torch.compile's.
     """
 
-    def __init__(
-        self, update: SacUpdate, state: State, batch: Batch, noise: Noise, backend: str = "inductor"
-    ) -> None:
+    def __init__(self, update: SacUpdate, state: State, batch: Batch, noise: Noise, backend: str = "inductor") -> None:
         opaques: list[OpaqueRule] = []
         if state["critic"].device.type == "cpu":
             tasks = len(state["log_alpha"])
@@ -163,10 +164,14 @@ class CompiledUpdate:
             return [*new.values(), *metrics.per_task.values(), *metrics.scalars.values()]
 
         traced = make_fx(flat, tracing_mode="fake")(self._tensors(state, batch, noise))
-        self.graph = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend)
+        # The number of threads is part of the generated code, so it has to be part of what torch keeps it under.
+        options = {"cpp.threads": torch.get_num_threads()} if backend == "inductor" else None
+        self.graph = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend, options=options)
         self.rules = [copy.deepcopy(each.rule) for each in opaques]  # RULES keeps nothing alive
         RULES.update(zip((each.number for each in opaques), self.rules, strict=True))
-        self(state, batch, noise)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch's compiler warns of itself
+            self(state, batch, noise)
         self.rules = [each.rule for each in opaques]
         RULES.update(zip((each.number for each in opaques), self.rules, strict=True))
 

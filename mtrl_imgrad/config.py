@@ -261,6 +261,9 @@ class Config:
     """CPU threads of torch; 0 takes torch's own choice."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the matrix products; weights, losses, Gramians and optimisers stay float32 or float64."""
+    compile: bool = True
+    """Compile the whole update into one graph when training starts, which takes half a minute once and a few seconds in
+    later runs. Where it fails, as without a C++ compiler, the run says so and goes on without."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     aggregator: Aggregator = field(default_factory=IMGrad)
     envs: EnvsConfig = field(default_factory=EnvsConfig)

@@ -8,9 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from mtrl_imgrad.compilation import CompiledUpdate
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.replay import Batch
-from mtrl_imgrad.sac_update import LOSSES, Metrics, Noise, State, build_update
+from mtrl_imgrad.sac_update import LOSSES, Metrics, Noise, SacUpdate, State, build_update
 
 
 class NonFiniteError(ArithmeticError):
@@ -39,6 +40,7 @@ class Learner:
     ) -> None:
         self.config, self.tasks, self.action_size, self.device = config, tasks, action_size, device
         self.sac = build_update(config, tasks, observation_size, action_size)
+        self._update: SacUpdate | CompiledUpdate = self.sac
         critic = self.sac.critic.layout.initial(generator).to(device)
         actor = self.sac.actor.layout.initial(generator).to(device)
         log_alpha = torch.full((tasks,), math.log(config.sac.initial_temperature), device=device)
@@ -87,9 +89,28 @@ class Learner:
 
     def update(self, batch: Batch, noise: Noise) -> Metrics:
         """One update of everything, from `B` transitions of each task."""
-        new, metrics = self.sac(self.state, batch, noise)
+        new, metrics = self._update(self.state, batch, noise)
         self.state |= new
         return metrics
+
+    def compile(self) -> str | None:
+        """Compile the update for batches of the configured size.
+
+        Returns:
+            None, or in one line why there is no compiled update; `update` goes on as before then.
+        """
+        rows, entries = self.config.sac.batch_per_task, self.state["statistics"].shape[-1]
+
+        def zeros(*last: int) -> Tensor:
+            return torch.zeros(self.tasks, rows, *last, device=self.device)
+
+        batch = Batch(zeros(entries), zeros(self.action_size), zeros(), zeros(entries), zeros())
+        generator = torch.Generator(self.device)
+        try:
+            self._update = CompiledUpdate(self.sac, self.state, batch, self.draw_noise(generator, generator))
+        except Exception as error:  # whatever a compiler may raise, the update itself is as good as before
+            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
+        return None
 
     def parameter_counts(self) -> tuple[int, int]:
         """Parameters of actor and critics: shared between tasks, and belonging to one task."""

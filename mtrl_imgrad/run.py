@@ -232,6 +232,18 @@ class Run:
         ):
             self.log.print(line)
 
+    def compile_update(self) -> None:
+        """Compile the update where that is configured and there is one to come, and say how long it took."""
+        if not self.config.compile or max(self.start, self.config.sac.warmup) >= self.config.sac.steps:
+            return
+        self.log.print("compiling the update; later runs find it on disk")
+        started = time.perf_counter()
+        failure = self.learner.compile()
+        if failure is None:
+            self.log.print(f"compiled in {time.perf_counter() - started:.0f} s")
+        else:
+            self.log.print(f"warning: the update is not compiled, which is slower ({failure})")
+
     def evaluation(self) -> VectorEnv:
         """The evaluation environments, made when they are first needed."""
         self.evaluation_envs = self.evaluation_envs or self.world.evaluation(self.envs)

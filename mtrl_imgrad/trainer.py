@@ -36,6 +36,7 @@ def run_training(run: Run) -> Path:
     """The loop: act, store, learn, evaluate, report, save."""
     config = run.config
     run.announce()
+    run.compile_update()
     sac, learner, replay, random = config.sac, run.learner, run.replay, run.generators
     chosen_goals = goal_subset(run.world.goals, config.eval.goals_per_task)
     watch = Stopwatch(run.start)

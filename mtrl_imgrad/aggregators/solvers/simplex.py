@@ -119,7 +119,8 @@ def with_ridge(problem: Problem) -> Tensor:
     diagonals = torch.where(problem.active[..., None, :], ridges[:, None] * problem.row_norms[..., None, :], 1.0)
     failed = torch.linalg.cholesky_ex(problem.matrix[..., None, :, :] + torch.diag_embed(diagonals)).info != 0
     index = failed.int().cumprod(-1).sum(-1).clamp(max=len(RIDGES) - 1)
-    return problem.matrix + torch.diag_embed(ridges[index][..., None] * problem.row_norms)
+    # take, since indexing by a tensor without dimensions would wait for the device
+    return problem.matrix + torch.diag_embed(ridges.take(index)[..., None] * problem.row_norms)
 
 
 def certificate(problem: Problem, matrix: Tensor, weights: Tensor) -> Float[Tensor, "*batch"]:
