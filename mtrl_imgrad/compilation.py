@@ -1,4 +1,4 @@
-"""The whole update as one compiled graph.
+"""The whole update as one compiled graph, or as one captured CUDA graph.
 
 The update, its backward passes included, is traced into one graph of tensor operations, which torch.compile takes with
 `fullgraph=True`. On a CPU an aggregator is one opaque operator of that graph: its host solver (numpy) is faster there
@@ -16,7 +16,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakValueDictionary
 
 import torch
@@ -27,6 +27,7 @@ from mtrl_imgrad.aggregators import Aggregation, Aggregator
 from mtrl_imgrad.replay import Batch
 from mtrl_imgrad.sac_update import Metrics, Noise, SacUpdate, State
 
+Update: TypeAlias = Callable[[State, Batch, Noise], tuple[State, Metrics]]
 OPERATOR = "(int rule, Tensor gramian, Tensor? noise, Tensor losses, Tensor? jacobian, Tensor[] state) -> Tensor[]"
 RULES: WeakValueDictionary[int, Aggregator] = WeakValueDictionary()
 """What the first argument of an operator stands for: a graph can hold numbers and tensors alone."""
@@ -165,7 +166,7 @@ class CompiledUpdate:
 
         traced = make_fx(flat, tracing_mode="fake")(self._tensors(state, batch, noise))
         # The number of threads is part of the generated code, so it has to be part of what torch keeps it under.
-        options = {"cpp.threads": torch.get_num_threads()} if backend == "inductor" else None
+        options: Any = {"cpp.threads": torch.get_num_threads()} if backend == "inductor" else None
         self.graph = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend, options=options)
         self.rules = [copy.deepcopy(each.rule) for each in opaques]  # RULES keeps nothing alive
         RULES.update(zip((each.number for each in opaques), self.rules, strict=True))
@@ -185,3 +186,46 @@ class CompiledUpdate:
         left = iter(self.graph(self._tensors(state, batch, noise)))
         new, per_task, scalars = ({name: next(left) for name in names} for names in self.outputs)
         return new, Metrics(per_task, scalars)
+
+
+class CapturedUpdate:
+    """An update as one CUDA graph: a single launch, on tensors of its own that arguments are copied to.
+
+    The state that it returns is its own and changes with the next call; the metrics are the caller's.
+
+    Args:
+        update: what to capture: an update that waits for nothing.
+        state, batch, noise: arguments of the shapes to come, on the GPU.
+    """
+
+    def __init__(self, update: Update, state: State, batch: Batch, noise: Noise) -> None:
+        self.state = {name: value.clone() for name, value in state.items()}
+        self.batch = Batch(**{name: value.clone() for name, value in vars(batch).items()})
+        drawn = {name: None if value is None else value.clone() for name, value in vars(noise).items()}
+        self.noise = Noise(**drawn)  # pyright: ignore[reportArgumentType]
+        # The first calls, outside of the graph, let libraries allocate their workspaces.
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                update(self.state, self.batch, self.noise)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            new, self.metrics = update(self.state, self.batch, self.noise)
+            for name, value in new.items():
+                self.state[name].copy_(value)
+        self.changing = list(new)
+
+    def __call__(self, state: State, batch: Batch, noise: Noise) -> tuple[State, Metrics]:
+        """See `SacUpdate`."""
+        for own, given in ((self.state, state), (vars(self.batch), vars(batch)), (vars(self.noise), vars(noise))):
+            for name, value in own.items():
+                if value is not None and value is not given[name]:
+                    value.copy_(given[name])
+        self.graph.replay()
+        per_task, scalars = (
+            {tag: value.clone() for tag, value in part.items()}
+            for part in (self.metrics.per_task, self.metrics.scalars)
+        )
+        return {name: self.state[name] for name in self.changing}, Metrics(per_task, scalars)

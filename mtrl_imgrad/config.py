@@ -264,6 +264,8 @@ class Config:
     compile: bool = True
     """Compile the whole update into one graph when training starts, which takes half a minute once and a few seconds in
     later runs. Where it fails, as without a C++ compiler, the run says so and goes on without."""
+    cuda_graph: bool = False
+    """Launch the whole compiled update as one CUDA graph; GPU only."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     aggregator: Aggregator = field(default_factory=IMGrad)
     envs: EnvsConfig = field(default_factory=EnvsConfig)

@@ -8,10 +8,10 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mtrl_imgrad.compilation import CompiledUpdate
+from mtrl_imgrad.compilation import CapturedUpdate, CompiledUpdate, Update
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.replay import Batch
-from mtrl_imgrad.sac_update import LOSSES, Metrics, Noise, SacUpdate, State, build_update
+from mtrl_imgrad.sac_update import LOSSES, Metrics, Noise, State, build_update
 
 
 class NonFiniteError(ArithmeticError):
@@ -40,7 +40,7 @@ class Learner:
     ) -> None:
         self.config, self.tasks, self.action_size, self.device = config, tasks, action_size, device
         self.sac = build_update(config, tasks, observation_size, action_size)
-        self._update: SacUpdate | CompiledUpdate = self.sac
+        self._update: Update = self.sac
         critic = self.sac.critic.layout.initial(generator).to(device)
         actor = self.sac.actor.layout.initial(generator).to(device)
         log_alpha = torch.full((tasks,), math.log(config.sac.initial_temperature), device=device)
@@ -107,7 +107,10 @@ class Learner:
         batch = Batch(zeros(entries), zeros(self.action_size), zeros(), zeros(entries), zeros())
         generator = torch.Generator(self.device)
         try:
-            self._update = CompiledUpdate(self.sac, self.state, batch, self.draw_noise(generator, generator))
+            noise = self.draw_noise(generator, generator)
+            self._update = CompiledUpdate(self.sac, self.state, batch, noise)
+            if self.config.cuda_graph and self.device.type == "cuda":
+                self._update = CapturedUpdate(self._update, self.state, batch, noise)
         except Exception as error:  # whatever a compiler may raise, the update itself is as good as before
             return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
         return None

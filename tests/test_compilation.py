@@ -12,8 +12,8 @@ from tiny_world import make_world, tiny_config, tiny_sac
 from torch import Tensor
 
 from mtrl_imgrad import train
-from mtrl_imgrad.aggregators import Aggregation, Aggregator, ConicGrad, IMGrad, NashMTL
-from mtrl_imgrad.compilation import CompiledUpdate
+from mtrl_imgrad.aggregators import Aggregation, Aggregator, ConicGrad, IMGrad, Mean, NashMTL
+from mtrl_imgrad.compilation import CapturedUpdate, CompiledUpdate
 from mtrl_imgrad.config import NetworkConfig
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.replay import Batch
@@ -135,7 +135,7 @@ class TestLearnerAndRun:
         def fails(*_: object) -> None:
             raise RuntimeError("no C++ compiler\nwhatever else it says")
 
-        config = tiny_config(tmp_path / "eager", sac=tiny_sac(steps=200))
+        config = tiny_config(tmp_path / "eager", sac=tiny_sac(steps=200, warmup=100))
         train(config, make_world=make_world)
         monkeypatch.setattr("mtrl_imgrad.learner.CompiledUpdate", fails)
         train(replace(config, compile=True, run_dir=str(tmp_path / "tried")), make_world=make_world)
@@ -154,6 +154,24 @@ class TestLearnerAndRun:
         train(longer, tmp_path / "resumed", make_world)
         train(replace(longer, run_dir=str(tmp_path / "straight")), make_world=make_world)
         assert read_progress(tmp_path / "resumed") == read_progress(tmp_path / "straight")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("rule", [Mean(), IMGrad(), NashMTL(update_weights_every=2)], ids=["mean", "imgrad", "nashmtl"])
+def test_a_captured_update_equals_the_eager_one_over_ten_updates(rule):
+    """On a GPU the rule is inside the graph."""
+    cuda = torch.device("cuda")
+    eager, captured = (small_learner(rule=rule, network=NETWORKS["multi_head"]) for _ in range(2))
+    for learner in (eager, captured):
+        learner.state = {name: value.to(cuda) for name, value in learner.state.items()}
+    for seed in range(10):
+        batch = Batch(**{name: part.to(cuda) for name, part in vars(random_batch(seed)).items()})
+        drawn = {name: part if part is None else part.to(cuda) for name, part in vars(draw_noise(eager, seed)).items()}
+        noise = Noise(**drawn)  # pyright: ignore[reportArgumentType]
+        if seed == 0:
+            captured._update = CapturedUpdate(captured.sac, captured.state, batch, noise)
+        expected, found = eager.update(batch, noise), captured.update(batch, noise)
+        assert_equal_results((captured.state, found), (eager.state, expected), 1e-4)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
