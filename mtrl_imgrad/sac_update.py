@@ -8,6 +8,7 @@ non-finite loss or gradient changes nothing but the counters of `non_finite`.
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
 
@@ -21,7 +22,7 @@ from mtrl_imgrad.config import Config, SacConfig
 from mtrl_imgrad.diagnostics import gradient_statistics
 from mtrl_imgrad.networks import Actor, Layout, ObservationInput, Tape, TwinCritic
 from mtrl_imgrad.replay import Batch
-from mtrl_imgrad.task_gradients import TaskGradients, task_gradients
+from mtrl_imgrad.task_gradients import Gradients, TaskGradients, chunked_task_gradients, task_gradients
 
 PRODUCT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BETAS = (0.9, 0.999)
@@ -86,6 +87,7 @@ class SacUpdate:
         critic, actor: the networks.
         critic_loss: what the critics' outputs mean.
         rules: the aggregators of `critic` and `actor`.
+        gradients: how the per-task gradients are made.
     """
 
     settings: SacConfig
@@ -94,6 +96,7 @@ class SacUpdate:
     actor: Actor
     critic_loss: sac.CriticLoss
     rules: dict[str, Aggregator]
+    gradients: Callable[[Tensor, Tape, Layout], Gradients] = task_gradients
 
     def __call__(self, state: State, batch: Batch, noise: Noise) -> tuple[State, Metrics]:
         """One update of everything, from `B` transitions of each task."""
@@ -184,15 +187,15 @@ class SacUpdate:
     ) -> _Step:
         """Per-task losses -> J -> Gramian -> weights -> direction -> clip -> Adam, for the critics or the actor."""
         settings = self.settings
-        gradients: TaskGradients = task_gradients(task_losses, tape, layout)
+        gradients = self.gradients(task_losses, tape, layout)
         gramian = gradients.gramian()
         rule = self.rules[name]
-        jacobian = gradients.dense() if rule.needs == "jacobian" else None
+        jacobian = gradients.dense() if isinstance(gradients, TaskGradients) and rule.needs == "jacobian" else None
         aggregation: Aggregation = rule.aggregate(gramian, noise, task_losses, jacobian, remembered(name, state))
         if aggregation.direction is None:
             direction = gradients.combine(aggregation.weights, aggregation.own_weights)
         else:
-            direction = torch.cat([aggregation.direction, gradients.own_direction(aggregation.own_weights)])
+            direction = torch.cat([aggregation.direction, *gradients.own_parts(aggregation.own_weights)])
         norm = direction.norm()
         if settings.max_grad_norm and not rule.preconditioned:
             direction = direction * (settings.max_grad_norm / norm).clamp(max=1.0)
@@ -236,7 +239,8 @@ def build_update(config: Config, tasks: int, observation_size: int, action_size:
     actor = Actor(config.network, tasks, critic.encoding_size, action_size, product_dtype)
     # Copies, since a foreign rule may keep a state of its own.
     rules = {"critic": copy.deepcopy(rule), "actor": Mean() if rule.critic_only else copy.deepcopy(rule)}
-    return SacUpdate(settings, inputs, critic, actor, loss, rules)
+    gradients = task_gradients if config.jacobian == "stored" else chunked_task_gradients
+    return SacUpdate(settings, inputs, critic, actor, loss, rules, gradients)
 
 
 @dataclass(frozen=True)
