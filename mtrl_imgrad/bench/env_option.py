@@ -1,7 +1,7 @@
-"""One way of stepping Meta-World, in a process of its own: what `bench` measures.
+"""One way of stepping Meta-World, in a process of its own: what `bench envs` measures.
 
-`bench` starts this file with an option's name, a task set, a seed, an episode length and a number of vector steps. It
-answers each line on its input with a line of JSON: `construct` (seconds), `warm` (seconds), then as often as wanted
+`bench envs` starts this file with an option's name, a task set, a seed, an episode length and a number of vector steps.
+It answers each line on its input with a line of JSON: `construct` (seconds), `warm` (seconds), then as often as wanted
 `run` (seconds, and those of the longest vector step).
 """
 
@@ -161,7 +161,7 @@ def _step_all(episodes: Sequence[_RecordedEpisode], step: int) -> None:
 
 def empty_ours(tasks: str, seed: int, horizon: int, workers: int) -> Step:
     """`MetaworldVectorEnv` over tasks that cost nothing."""
-    from mtrl_imgrad.bench_empty import EmptyRows
+    from mtrl_imgrad.bench.empty import EmptyRows
     from mtrl_imgrad.envs import Goals, MetaworldVectorEnv, expand_tasks
 
     names = expand_tasks((tasks,))
@@ -175,7 +175,7 @@ def empty_gymnasium(tasks: str, seed: int, horizon: int, kind: str) -> Step:
     """gymnasium's SyncVectorEnv or AsyncVectorEnv over tasks that cost nothing."""
     from gymnasium import vector
 
-    from mtrl_imgrad.bench_empty import EmptyEnv
+    from mtrl_imgrad.bench.empty import EmptyEnv
 
     makers = [partial(EmptyEnv, horizon)] * int(tasks.removeprefix("MT"))
     envs = getattr(vector, kind)(makers, autoreset_mode=vector.AutoresetMode.SAME_STEP)
