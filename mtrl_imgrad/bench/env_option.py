@@ -101,7 +101,8 @@ class Physics:
 
     def run(self, episodes: int) -> None:
         if not self._in_step:
-            list(self._threads.map(_RecordedEpisode.play, self._episodes * episodes))
+            # One thread plays an episode as often as asked: two at once would share its MuJoCo data.
+            list(self._threads.map(partial(_RecordedEpisode.play, times=episodes), self._episodes))
             return
         (mine, *others), wait = self._dealt, concurrent.futures.wait
         for _ in range(episodes):
@@ -148,10 +149,11 @@ class _RecordedEpisode:
         self._mujoco.mj_step(self._model, data, self._substeps)
         self._mujoco.mj_forward(self._model, data)
 
-    def play(self) -> None:
-        self.start()
-        for step in range(len(self._controls)):
-            self.step(step)
+    def play(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.start()
+            for step in range(len(self._controls)):
+                self.step(step)
 
 
 def _step_all(episodes: Sequence[_RecordedEpisode], step: int) -> None:
