@@ -264,7 +264,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
 
   train      train an agent:                {PROGRAM} train --config quickstart
   evaluate   evaluate a run on every goal:  {PROGRAM} evaluate runs/NAME
-  bench      measure environments, solvers: {PROGRAM} bench envs|solvers
+  bench      measure what things cost:      {PROGRAM} bench envs|solvers|update
   list       show what there is to choose:  {PROGRAM} list tasks|aggregators|configs
 
 {PROGRAM} COMMAND --help explains every field."""

@@ -44,6 +44,11 @@ def busy_cores(interval: float) -> float:
     return psutil.cpu_percent(interval=interval) / 100 * (psutil.cpu_count() or 1)
 
 
+def others_before(cores: float) -> str:
+    """How busy the machine was with other things before a run, in a line."""
+    return f"other programs used {cores:.1f} of {psutil.cpu_count()} cores before the run"
+
+
 def environment() -> dict[str, str]:
     """This process's environment variables, with the folder of this package on Python's path."""
     paths = [str(Path(__file__).parents[2]), *filter(None, [os.environ.get("PYTHONPATH")])]

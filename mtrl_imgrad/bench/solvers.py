@@ -23,7 +23,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
 
 from mtrl_imgrad.aggregators import AGGREGATORS
@@ -194,7 +193,7 @@ def table(measured: dict[str, Any]) -> str:
                     f"{milliseconds:>9.3f}  {slowest} {medians[slowest]:.3f}"
                 )
     lines += measured["missing"]
-    lines.append(f"other programs used {measured['others']:.1f} of {psutil.cpu_count()} cores before the run")
+    lines.append(machine.others_before(measured["others"]))
     return "\n".join(lines)
 
 
