@@ -142,17 +142,11 @@ class CompiledUpdate:
         backend: torch.compile's.
     """
 
-    def __init__(self, update: SacUpdate, state: State, batch: Batch, noise: Noise, backend: str = "inductor") -> None:
-        opaques: list[OpaqueRule] = []
-        if state["critic"].device.type == "cpu":
-            tasks = len(state["log_alpha"])
-            layouts = {"critic": update.critic.layout, "actor": update.actor.layout}
-            rules = {name: opaque(rule, tasks, layouts[name].shared_size) for name, rule in update.rules.items()}
-            opaques = list(rules.values())
-            update = replace(update, rules=rules)  # pyright: ignore[reportArgumentType]
+    def __init__(self, update: Update, state: State, batch: Batch, noise: Noise, backend: str = "inductor") -> None:
         self.state_names = list(state)
         self.noises = [name for name, tensor in vars(noise).items() if tensor is not None]
         self.batch_names = list(vars(batch))
+        self.keep: object = None
         self.outputs: tuple[list[str], list[str], list[str]] = ([], [], [])
 
         def flat(tensors: list[Tensor]) -> list[Tensor]:
@@ -168,13 +162,9 @@ class CompiledUpdate:
         # The number of threads is part of the generated code, so it has to be part of what torch keeps it under.
         options: Any = {"cpp.threads": torch.get_num_threads()} if backend == "inductor" else None
         self.graph = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend, options=options)
-        self.rules = [copy.deepcopy(each.rule) for each in opaques]  # RULES keeps nothing alive
-        RULES.update(zip((each.number for each in opaques), self.rules, strict=True))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler warns of itself
             self(state, batch, noise)
-        self.rules = [each.rule for each in opaques]
-        RULES.update(zip((each.number for each in opaques), self.rules, strict=True))
 
     def _tensors(self, state: State, batch: Batch, noise: Noise) -> list[Tensor]:
         parts = vars(noise)
@@ -186,6 +176,25 @@ class CompiledUpdate:
         left = iter(self.graph(self._tensors(state, batch, noise)))
         new, per_task, scalars = ({name: next(left) for name in names} for names in self.outputs)
         return new, Metrics(per_task, scalars)
+
+
+def compile_sac(
+    update: SacUpdate, state: State, batch: Batch, noise: Noise, backend: str = "inductor"
+) -> CompiledUpdate:
+    """The update compiled, on a CPU with its rules as operators. Arguments are those of `CompiledUpdate`."""
+    if state["critic"].device.type != "cpu":
+        return CompiledUpdate(update, state, batch, noise, backend)
+    layouts = {"critic": update.critic.layout, "actor": update.actor.layout}
+    # The call that compiles is made with copies, since a foreign rule may remember it.
+    rules = {
+        name: opaque(copy.deepcopy(rule), len(state["log_alpha"]), layouts[name].shared_size)
+        for name, rule in update.rules.items()
+    }
+    compiled = CompiledUpdate(replace(update, rules=rules), state, batch, noise, backend)  # pyright: ignore[reportArgumentType]
+    for name, rule in update.rules.items():
+        RULES[rules[name].number] = rule
+    compiled.keep = update  # RULES keeps nothing alive
+    return compiled
 
 
 class CapturedUpdate:

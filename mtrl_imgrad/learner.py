@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mtrl_imgrad.compilation import CapturedUpdate, CompiledUpdate, Update
+from mtrl_imgrad.compilation import CapturedUpdate, Update, compile_sac
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.replay import Batch
 from mtrl_imgrad.sac_update import LOSSES, Metrics, Noise, State, build_update
@@ -108,7 +108,7 @@ class Learner:
         generator = torch.Generator(self.device)
         try:
             noise = self.draw_noise(generator, generator)
-            self._update = CompiledUpdate(self.sac, self.state, batch, noise)
+            self._update = compile_sac(self.sac, self.state, batch, noise)
             if self.config.cuda_graph and self.device.type == "cuda":
                 self._update = CapturedUpdate(self._update, self.state, batch, noise)
         except Exception as error:  # whatever a compiler may raise, the update itself is as good as before

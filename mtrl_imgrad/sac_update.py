@@ -77,6 +77,13 @@ def adamw(
     return {name: old * (1 - lr * weight_decay) - scale * m / root, f"{name}/m": m, f"{name}/v": v}
 
 
+def temperature_gradient(log_prob: Float[Tensor, "tasks rows"], settings: SacConfig) -> Float[Tensor, " tasks"]:
+    """The derivative of `temperature_losses` by log alpha. One temperature for all tasks is K temperatures that start
+    equal and move by the mean gradient."""
+    gradient = -(log_prob.detach() + settings.target_entropy).mean(1)
+    return gradient.mean().expand_as(gradient) if settings.shared_temperature else gradient
+
+
 @dataclass
 class SacUpdate:
     """What an update needs beside tensors: calling it gives the entries of the state that change, and metrics.
@@ -112,18 +119,8 @@ class SacUpdate:
         actions, log_prob = sac.tanh_gaussian(*self.actor(state["actor"], encoding, actor_tape), noise.actions[0])
 
         temperature_losses = sac.temperature_losses(state["log_alpha"], log_prob, settings.target_entropy)
-        temperature_gradient = -(log_prob.detach() + settings.target_entropy).mean(1)
-        new = adamw(
-            state,
-            "log_alpha",
-            temperature_gradient.mean().expand_as(temperature_gradient)
-            if settings.shared_temperature
-            else temperature_gradient,
-            step,
-            settings.temperature_lr,
-            settings.adam_eps,
-            0.0,
-        )
+        gradient, adam_eps = temperature_gradient(log_prob, settings), settings.adam_eps
+        new = adamw(state, "log_alpha", gradient, step, settings.temperature_lr, adam_eps, weight_decay=0.0)
 
         with torch.no_grad():
             next_encoding = self.critic.encode(state["critic"], next_inputs)

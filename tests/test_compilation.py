@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtrl_imgrad import train
 from mtrl_imgrad.aggregators import Aggregation, Aggregator, ConicGrad, IMGrad, Mean, NashMTL
-from mtrl_imgrad.compilation import CapturedUpdate, CompiledUpdate
+from mtrl_imgrad.compilation import CapturedUpdate, CompiledUpdate, compile_sac
 from mtrl_imgrad.config import NetworkConfig
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.replay import Batch
@@ -29,7 +29,7 @@ STATEFUL = {"nashmtl_state": NashMTL(update_weights_every=3), "conicgrad_single_
 
 def compiled(learner: Learner, backend: str) -> CompiledUpdate:
     dtype = learner.state["critic"].dtype
-    return CompiledUpdate(learner.sac, learner.state, random_batch(9, dtype=dtype), draw_noise(learner, 9), backend)
+    return compile_sac(learner.sac, learner.state, random_batch(9, dtype=dtype), draw_noise(learner, 9), backend)
 
 
 def assert_equal_results(ours: tuple[State, Metrics], theirs: tuple[State, Metrics], tolerance: float) -> None:
@@ -137,7 +137,7 @@ class TestLearnerAndRun:
 
         config = tiny_config(tmp_path / "eager", sac=tiny_sac(steps=200, warmup=100))
         train(config, make_world=make_world)
-        monkeypatch.setattr("mtrl_imgrad.learner.CompiledUpdate", fails)
+        monkeypatch.setattr("mtrl_imgrad.learner.compile_sac", fails)
         train(replace(config, compile=True, run_dir=str(tmp_path / "tried")), make_world=make_world)
         said = capsys.readouterr().out
         assert said.count("warning: the update is not compiled, which is slower (RuntimeError: no C++ compiler)") == 1

@@ -61,7 +61,7 @@ class UpdateBenchOptions:
     """Task set, which says how many tasks there are."""
     aggregator: tuple[str, ...] = ("imgrad", "cagrad", "conicgrad")
     """Rules to measure besides the mean, as `train` takes them; the first one's update is measured part by part too."""
-    mode: tuple[Literal["eager", "eager-bfloat16"], ...] = ("eager",)
+    mode: tuple[Literal["eager", "compiled", "eager-bfloat16", "compiled-bfloat16"], ...] = ("compiled", "eager")
     """How ours and the plain mean run; eager-bfloat16 has the matrix products in bfloat16."""
     repeats: int = 20
     """Rounds; each makes one update of every variant. Two more come before and do not count."""

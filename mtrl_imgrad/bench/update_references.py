@@ -25,13 +25,12 @@ from torch import Tensor
 
 from mtrl_imgrad import losses as sac
 from mtrl_imgrad.bench.solver_references import RADIUS, slsqp, weights_by
-from mtrl_imgrad.learner import Learner, Noise, adamw
 from mtrl_imgrad.networks import Tape
 from mtrl_imgrad.replay import Batch
+from mtrl_imgrad.sac_update import Noise, SacUpdate, State, adamw, temperature_gradient
 
 OBSERVATION, ACTIONS = 39, 4
 """Entries of Meta-World's observations and actions."""
-State: TypeAlias = dict[str, Tensor]
 LossesOf: TypeAlias = Callable[[Tensor], tuple[Tensor, Tensor]]
 """From a network's parameter vector to its losses `[K]`, and something else that is computed on the way."""
 Gradient: TypeAlias = Callable[[LossesOf, Tensor], tuple[Tensor, Tensor]]
@@ -62,27 +61,27 @@ class Size:
 
 
 @torch.no_grad()
-def soft_targets(learner: Learner, state: State, batch: Batch, noise: Tensor) -> Float[Tensor, "tasks rows"]:
+def soft_targets(update: SacUpdate, state: State, batch: Batch, noise: Tensor) -> Float[Tensor, "tasks rows"]:
     """What the critics are to learn."""
-    inputs = learner.inputs(learner.statistics, batch.next_observations)
-    encoding = learner.critic.encode(state["critic"], inputs)
-    actions, log_prob = sac.tanh_gaussian(*learner.actor(state["actor"], encoding), noise)
-    encoding = learner.critic.encode(state["target_critic"], inputs)
-    values = learner.critic_loss.values(learner.critic(state["target_critic"], encoding, actions))
-    rewards = batch.rewards * learner.config.sac.reward_scale
+    inputs = update.inputs(state["statistics"], batch.next_observations)
+    encoding = update.critic.encode(state["critic"], inputs)
+    actions, log_prob = sac.tanh_gaussian(*update.actor(state["actor"], encoding), noise)
+    encoding = update.critic.encode(state["target_critic"], inputs)
+    values = update.critic_loss.values(update.critic(state["target_critic"], encoding, actions))
+    rewards = batch.rewards * update.settings.reward_scale
     return sac.soft_target(rewards, batch.discounts, values, log_prob, state["log_alpha"].exp())
 
 
 def critic_losses(
-    learner: Learner, batch: Batch, inputs: Tensor, targets: Tensor, vector: Tensor, tape: Tape | None = None
+    update: SacUpdate, batch: Batch, inputs: Tensor, targets: Tensor, vector: Tensor, tape: Tape | None = None
 ) -> tuple[Float[Tensor, " tasks"], Tensor]:
     """The critics' losses at their parameters `vector`, and their outputs."""
-    outputs = learner.critic(vector, learner.critic.encode(vector, inputs, tape), batch.actions, tape)
-    return learner.critic_loss.losses(outputs, targets), outputs
+    outputs = update.critic(vector, update.critic.encode(vector, inputs, tape), batch.actions, tape)
+    return update.critic_loss.losses(outputs, targets), outputs
 
 
 def actor_losses(
-    learner: Learner,
+    update: SacUpdate,
     state: State,
     critic: Tensor,
     inputs: Tensor,
@@ -92,27 +91,27 @@ def actor_losses(
 ) -> tuple[Float[Tensor, " tasks"], Float[Tensor, "tasks rows"]]:
     """The actor's losses at its parameters `vector` with the new critics' parameters `critic`, and the actions' log
     probabilities."""
-    encoding = learner.critic.encode(state["critic"], inputs)
-    actions, log_prob = sac.tanh_gaussian(*learner.actor(vector, encoding, tape), noise)
-    values = learner.critic_loss.values(learner.critic(critic, learner.critic.encode(critic, inputs), actions))
+    encoding = update.critic.encode(state["critic"], inputs)
+    actions, log_prob = sac.tanh_gaussian(*update.actor(vector, encoding, tape), noise)
+    values = update.critic_loss.values(update.critic(critic, update.critic.encode(critic, inputs), actions))
     return sac.actor_losses(state["log_alpha"].exp(), log_prob, values), log_prob
 
 
-def updated(learner: Learner, gradient: Gradient, state: State, batch: Batch, noise: Noise) -> State:
-    """One update of a state of the learner: what changes, as new tensors. A pure function."""
-    settings, step = learner.config.sac, state["updates"] + 1
-    inputs = learner.inputs(learner.statistics, batch.observations)
+def updated(update: SacUpdate, gradient: Gradient, state: State, batch: Batch, noise: Noise) -> State:
+    """One update of a state: what changes, as new tensors. A pure function."""
+    settings, step = update.settings, state["updates"] + 1
+    inputs = update.inputs(state["statistics"], batch.observations)
 
-    targets = soft_targets(learner, state, batch, noise.actions[1])
-    direction, _ = gradient(partial(critic_losses, learner, batch, inputs, targets), state["critic"])
+    targets = soft_targets(update, state, batch, noise.actions[1])
+    direction, _ = gradient(partial(critic_losses, update, batch, inputs, targets), state["critic"])
     decay = settings.weight_decay
     new = adamw(state, "critic", direction, step, settings.critic_lr, settings.adam_eps, decay)
 
-    losses_of = partial(actor_losses, learner, state, new["critic"], inputs, noise.actions[0])
+    losses_of = partial(actor_losses, update, state, new["critic"], inputs, noise.actions[0])
     direction, log_prob = gradient(losses_of, state["actor"])
     new |= adamw(state, "actor", direction, step, settings.actor_lr, settings.adam_eps, decay)
 
-    direction = learner.temperature_mixing @ -(log_prob.detach() + settings.target_entropy).mean(1)
+    direction = temperature_gradient(log_prob, settings)
     new |= adamw(state, "log_alpha", direction, step, settings.temperature_lr, settings.adam_eps, 0.0)
     new["target_critic"] = torch.lerp(state["target_critic"], new["critic"], settings.tau)
     new["updates"] = step

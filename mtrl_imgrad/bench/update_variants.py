@@ -25,14 +25,21 @@ from mtrl_imgrad.bench.update_references import (
     soft_targets,
     updated,
 )
+from mtrl_imgrad.compilation import CompiledUpdate
 from mtrl_imgrad.config import Config, NetworkConfig, SacConfig
-from mtrl_imgrad.learner import Learner, Noise, adamw
+from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.networks import Tape
 from mtrl_imgrad.replay import Batch, Replay
+from mtrl_imgrad.sac_update import Metrics, Noise, State, adamw
 from mtrl_imgrad.task_gradients import task_gradients
 
 CPU = torch.device("cpu")
-MODES: dict[str, dict[str, Any]] = {"eager": {}, "eager-bfloat16": {"precision": "bfloat16"}}
+MODES: dict[str, dict[str, Any]] = {
+    "eager": {"compile": False},
+    "compiled": {},
+    "eager-bfloat16": {"compile": False, "precision": "bfloat16"},
+    "compiled-bfloat16": {"precision": "bfloat16"},
+}
 """Fields of Config by mode."""
 PLAIN, SLSQP, TORCHJD, SB3 = "plain mean", "K backward passes + SLSQP", "TorchJD CAGrad", "stable-baselines3"
 Way: TypeAlias = tuple[str, str]
@@ -61,6 +68,7 @@ class Update:
     """
 
     def __init__(self, size: Size, rule: Aggregator, fields: dict[str, Any]) -> None:
+        self.compiles = fields.get("compile", True)
         network, settings = NetworkConfig(width=size.width, depth=size.depth), SacConfig(batch_per_task=size.rows)
         config = Config(network=network, sac=settings, aggregator=rule, **fields)
         self.random = torch.Generator().manual_seed(1)
@@ -89,6 +97,17 @@ class Update:
             }
         )
 
+        self.compile()
+
+    def compile(self) -> None:
+        """As the mode says.
+
+        Raises:
+            RuntimeError: it failed.
+        """
+        if self.compiles and (failure := self.learner.compile()):
+            raise RuntimeError(f"the update is not compiled ({failure})")
+
     def sample(self) -> tuple[Batch, Noise]:
         """A batch, and the random numbers of an update."""
         batch = self.replay.gather(self.replay.draw(self.learner.config.sac.batch_per_task, self.random))
@@ -102,11 +121,20 @@ class ReferenceUpdate(Update):
     """The same update by another way to the gradient, see `update_references`."""
 
     def __init__(self, size: Size, rule: Aggregator, fields: dict[str, Any], gradient: Gradient) -> None:
+        self.gradient = gradient
         super().__init__(size, rule, fields)
-        self.step = partial(updated, self.learner, gradient)
+
+    def step(self, state: State, batch: Batch, noise: Noise) -> tuple[State, Metrics]:
+        """The update as a pure function, without metrics."""
+        return updated(self.learner.sac, self.gradient, state, batch, noise), Metrics({}, {})
+
+    def compile(self) -> None:
+        self.run: Any = self.step
+        if self.compiles:
+            self.run = CompiledUpdate(self.step, self.learner.state, *self.sample())
 
     def __call__(self) -> None:
-        self.learner.state |= self.step(self.learner.state, *self.sample())
+        self.learner.state |= self.run(self.learner.state, *self.sample())[0]
 
 
 def dissected(update: Update) -> dict[str, float]:
@@ -114,7 +142,7 @@ def dissected(update: Update) -> dict[str, float]:
 
     J's time is that of `task_gradients`, which makes the backward pass too, less that of this pass alone.
     """
-    spent, learner, settings = dict.fromkeys(PARTS, 0.0), update.learner, update.learner.config.sac
+    spent, learner, sac = dict.fromkeys(PARTS, 0.0), update.learner, update.learner.sac
 
     @contextmanager
     def part(name: str) -> Iterator[None]:
@@ -126,18 +154,18 @@ def dissected(update: Update) -> dict[str, float]:
         batch, noise = update.sample()
     state, new = learner.state, {"updates": learner.state["updates"] + 1}
     with part("forward"):
-        inputs = learner.inputs(learner.statistics, batch.observations)
-        targets = soft_targets(learner, state, batch, noise.actions[1])
+        inputs = sac.inputs(state["statistics"], batch.observations)
+        targets = soft_targets(sac, state, batch, noise.actions[1])
     for name, network, drawn, lr in (
-        ("critic", learner.critic, noise.critic, settings.critic_lr),
-        ("actor", learner.actor, noise.actor, settings.actor_lr),
+        ("critic", sac.critic, noise.critic, sac.settings.critic_lr),
+        ("actor", sac.actor, noise.actor, sac.settings.actor_lr),
     ):
-        tape, vector, rule = Tape(), state[name], learner.rules[name]
+        tape, vector, rule = Tape(), state[name], sac.rules[name]
         with part("forward"):
             if name == "critic":
-                losses, _ = critic_losses(learner, batch, inputs, targets, vector, tape)
+                losses, _ = critic_losses(sac, batch, inputs, targets, vector, tape)
             else:
-                losses, _ = actor_losses(learner, state, new["critic"], inputs, noise.actions[0], vector, tape)
+                losses, _ = actor_losses(sac, state, new["critic"], inputs, noise.actions[0], vector, tape)
         with part("backward to layer outputs"):
             torch.autograd.grad(losses.sum(), [use.output for use in tape.uses], retain_graph=True)
         with part("J"):
@@ -151,11 +179,11 @@ def dissected(update: Update) -> dict[str, float]:
             if found.direction is None:
                 direction = gradients.combine(found.weights, found.own_weights)
             else:
-                direction = torch.cat([found.direction, gradients.own_direction(found.own_weights)])
+                direction = torch.cat([found.direction, *gradients.own_parts(found.own_weights)])
         with part("optimiser and targets"):
-            new |= adamw(state, name, direction, new["updates"], lr, settings.adam_eps, settings.weight_decay)
+            new |= adamw(state, name, direction, new["updates"], lr, sac.settings.adam_eps, sac.settings.weight_decay)
     with part("optimiser and targets"):
-        new["target_critic"] = torch.lerp(state["target_critic"], new["critic"], settings.tau)
+        new["target_critic"] = torch.lerp(state["target_critic"], new["critic"], sac.settings.tau)
     learner.state |= new
     spent["J"] -= spent["backward to layer outputs"]
     return spent
@@ -182,10 +210,10 @@ def makers(size: Size, aggregators: Sequence[str], modes: Sequence[str]) -> tupl
         found[PLAIN, mode] = partial(ReferenceUpdate, size, Mean(), MODES[mode], mean_gradient)
         for name, rule in rules.items():
             found[f"ours {name}", mode] = partial(Update, size, rule(), MODES[mode])
-    found[SLSQP, "eager"] = partial(ReferenceUpdate, size, Mean(), {}, cagrad_by_slsqp)
+    found[SLSQP, "eager"] = partial(ReferenceUpdate, size, Mean(), MODES["eager"], cagrad_by_slsqp)
     missing = ""
     try:
-        found[TORCHJD, "eager"] = partial(ReferenceUpdate, size, Mean(), {}, cagrad_by_torchjd())
+        found[TORCHJD, "eager"] = partial(ReferenceUpdate, size, Mean(), MODES["eager"], cagrad_by_torchjd())
     except ImportError as error:
         missing = f"{TORCHJD} is left out: pip install 'mtrl_imgrad[torchjd]' ({' '.join(str(error).split())})"
     found[SB3, "eager"] = partial(StableBaselines3, size)

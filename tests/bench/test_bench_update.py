@@ -38,6 +38,7 @@ from mtrl_imgrad.cli import main
 
 TINY = Size(tasks=3, rows=4, transitions=20, width=12, depth=2)
 OURS = "ours imgrad"
+EAGER = [mode for mode, fields in MODES.items() if not fields.get("compile", True)]
 FIGURES = Figures(
     variants={
         (PLAIN, "eager"): Measured([10.0, 20.0, 10.0], memory=100.0),
@@ -71,7 +72,7 @@ def test_the_plain_mean_is_the_products_mean(case, double, tolerance):
     state = {name: value.clone() for name, value in learner.state.items()}
     for seed in range(3):
         batch, noise = random_batch(seed, dtype=state["actor"].dtype), draw_noise(learner, seed)
-        state |= updated(learner, mean_gradient, state, batch, noise)
+        state |= updated(learner.sac, mean_gradient, state, batch, noise)
         learner.update(batch, noise)
     for name, value in state.items():
         torch.testing.assert_close(value, learner.state[name], rtol=tolerance, atol=tolerance, msg=name)
@@ -97,8 +98,8 @@ def test_other_codes_find_the_direction_of_our_cagrad(reference, seed):
     gradient, length = reference()
     learner = small_learner(double=True, rule=CAGrad())
     batch, noise = random_batch(seed, dtype=torch.float64), draw_noise(learner, seed)
-    state = updated(learner, gradient, dict(learner.state), batch, noise)
-    mean = first_direction(updated(learner, mean_gradient, dict(learner.state), batch, noise), "critic")
+    state = updated(learner.sac, gradient, dict(learner.state), batch, noise)
+    mean = first_direction(updated(learner.sac, mean_gradient, dict(learner.state), batch, noise), "critic")
     learner.update(batch, noise)
     for name in ("critic", "actor"):
         ours, theirs = first_direction(learner.state, name), first_direction(state, name) / length
@@ -108,7 +109,7 @@ def test_other_codes_find_the_direction_of_our_cagrad(reference, seed):
 
 
 def test_every_variant_makes_updates():
-    ways, missing = makers(TINY, ("imgrad", "graddrop", "adatask", "famo"), MODES)
+    ways, missing = makers(TINY, ("imgrad", "graddrop", "adatask", "famo"), EAGER)
     assert not missing
     assert [name for name, mode in ways if mode == "eager"][-3:] == [SLSQP, TORCHJD, SB3]
     assert {name for name, mode in ways if mode == "eager-bfloat16"} == {
@@ -135,11 +136,11 @@ def test_variants_share_no_memory():
 
 
 def test_a_batch_has_the_shapes_of_meta_world():
-    update = Update(TINY, RULES["mean"], {})
+    update = Update(TINY, RULES["mean"], MODES["eager"])
     batch, noise = update.sample()
     assert batch.observations.shape == (3, 4, 39)
     assert batch.actions.shape == (3, 4, 4)
-    assert update.learner.inputs.size == 39 + 3
+    assert update.learner.sac.inputs.size == 39 + 3
     assert batch.rewards.std() > 0
     assert (batch.discounts == 0.99).all(), "every transition bootstraps"
     assert noise.actions.shape == (2, 3, 4, 4)
@@ -164,7 +165,7 @@ def test_stable_baselines3_has_the_same_network_and_total_batch(monkeypatch):
 
 @pytest.mark.parametrize("rule", ["imgrad", "graddrop"])
 def test_the_parts_together_are_the_products_update(rule):
-    apart, whole = (Update(TINY, RULES[rule], {}) for _ in range(2))
+    apart, whole = (Update(TINY, RULES[rule], MODES["eager"]) for _ in range(2))
     parts = [dissected(apart) for _ in range(3)]
     for _ in range(3):
         whole()
@@ -198,7 +199,7 @@ def test_the_breakdown_has_every_part_and_what_they_leave():
     assert [line.split("  ")[1].strip() for line in lines] == [*PARTS, "not covered"]
     assert lines[0].split()[1:] == ["1.00", "ms", "8.3%"]
     assert lines[-1].split()[2:5] == ["4.00", "ms", "33.3%"]
-    nothing = Figures({}, {}, (OURS, "eager"), "", 0.0, 1)
+    nothing = Figures({}, MODES["eager"], (OURS, "eager"), "", 0.0, 1)
     assert breakdown(nothing).startswith("no breakdown: ")
 
 
@@ -278,3 +279,15 @@ def test_a_mistake_is_told_before_anything_is_measured(flags, message, capsys, t
     said = capsys.readouterr().err
     assert message in said
     assert len(said.splitlines()) <= 2
+
+
+def test_compiled_variants_make_the_eager_ones_updates():
+    ways, _ = makers(TINY, ("imgrad",), ("eager", "compiled"))
+    for name in (PLAIN, OURS):
+        eager, compiled = ways[name, "eager"](), ways[name, "compiled"]()
+        compiled.random.set_state(eager.random.get_state())
+        eager()
+        compiled()
+        for entry in ("critic/m", "actor/m", "log_alpha"):
+            found, expected = compiled.learner.state[entry], eager.learner.state[entry]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6, msg=f"{name}: {entry}")
