@@ -199,7 +199,7 @@ def test_the_breakdown_has_every_part_and_what_they_leave():
     assert [line.split("  ")[1].strip() for line in lines] == [*PARTS, "not covered"]
     assert lines[0].split()[1:] == ["1.00", "ms", "8.3%"]
     assert lines[-1].split()[2:5] == ["4.00", "ms", "33.3%"]
-    nothing = Figures({}, MODES["eager"], (OURS, "eager"), "", 0.0, 1)
+    nothing = Figures({}, {}, (OURS, "eager"), "", 0.0, 1)
     assert breakdown(nothing).startswith("no breakdown: ")
 
 
