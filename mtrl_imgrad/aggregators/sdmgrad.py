@@ -1,4 +1,4 @@
-"""SDMGrad and SDMGrad-OS: MGDA regularised towards the mean gradient (Xiao, Ban and Ji 2023)."""
+"""SDMGrad: MGDA regularised towards the mean gradient; SDMGrad-OS: of a random sample of tasks (Xiao et al. 2023)."""
 
 from __future__ import annotations
 
