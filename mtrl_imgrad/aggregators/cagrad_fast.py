@@ -29,7 +29,8 @@ class CAGradFast(Aggregator):
     and a coarser worst case. Tasks without gradient are not drawn, nor counted among the others.
 
     Published command lines: MT10 c = 0.9, n = 4; MT50 c = 0.5, n = 8. No state; random numbers: one per task. Cost: one
-    solve of size n. Where hw = 0 see `SimplexSolution.unit`. Diagnostics: `gap`.
+    solve of size n. Where hw = 0 see `SimplexSolution.unit`. Diagnostics: `gap`,
+    `relative_gap`.
 
     Identities: n >= K is CAGrad; n = 1 and c = 0 give (1 + c) g0 and g0 times the factor; before rescaling
     ||d - g0|| = c ||g0||; K identical gradients g give (1 + c) g times the factor.
@@ -90,4 +91,4 @@ class CAGradFast(Aggregator):
         )
         unit = (solution.unit[..., None, :] @ members).squeeze(-2)
         weights = 1.0 / num_tasks + radius[..., None] * unit
-        return Aggregation(weights * rescale_factor(self.c, self.rescale), {"gap": solution.gap})
+        return Aggregation(weights * rescale_factor(self.c, self.rescale), solution.gaps)

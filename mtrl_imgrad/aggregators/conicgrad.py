@@ -48,7 +48,8 @@ class ConicGrad(Aggregator):
 
     Values of c, lr and gamma for MT10 and MT50: unknown; lr and gamma are those of FAMO's MT10 command, whose weights
     follow the same kind of step. State: none in `exact`; `logits`, `first_moment`, `second_moment` [K], `steps` in
-    `single_loop`. Cost: two solves, or O(K^2). Diagnostics: `cos_theta`, `gap`; none in `single_loop`.
+    `single_loop`. Cost: two solves, or O(K^2). Diagnostics: `cos_theta`, `gap`, `relative_gap`; none in
+    `single_loop`.
 
     Identities: ||d|| = ||g0|| and, in `exact`, cos(d, g0) = max(c, cos_theta); c = 1 gives g0; c <= cos_theta gives
     MGDA's direction; K identical gradients g give g. In `single_loop` cos(d, g0) >= c wherever ||d|| = ||g0||.
@@ -155,7 +156,7 @@ class ConicGrad(Aggregator):
         # Where the cone is slack its answer is not used and J^T w may vanish: an easier problem takes its place.
         slack = (shortest_squared_norm > 0) & (cosine >= self.c)
         if takes_host(gramian, self.solver) and bool((slack & has_axis).all()):
-            return Aggregation(inside, {"cos_theta": cosine, "gap": shortest.gap})
+            return Aggregation(inside, {"cos_theta": cosine, **shortest.gaps})
         surface = minimise_on_simplex(
             torch.where(slack[..., None, None], gramian, across),
             torch.where(slack[..., None], 0.0, self.c * along),
@@ -178,5 +179,6 @@ class ConicGrad(Aggregator):
         feasible = (value > 0) & (surface.unit > 0).any(-1)
         weights = torch.where(slack[..., None], inside, torch.where(feasible[..., None], boundary, fallback))
         weights = torch.where(has_axis[..., None], weights, mean)
-        gap = torch.where(slack, shortest.gap, torch.maximum(shortest.gap, surface.gap))
-        return Aggregation(weights, {"cos_theta": cosine, "gap": gap})
+        larger = shortest.larger_gaps(surface)
+        gaps = {name: torch.where(slack, gap, larger[name]) for name, gap in shortest.gaps.items()}
+        return Aggregation(weights, {"cos_theta": cosine, **gaps})

@@ -34,7 +34,7 @@ class IMGrad(Aggregator):
     hull cos is 0; then `official` and `eq11` are linear in w, and ties go to the shortest gw.
 
     The published supervised run uses c = 0.8; its value for MT10 is unknown; `cagrad.py` names CAGrad's. No state.
-    Cost: two solves. Diagnostics: `cos_theta`, `gap` (the larger of the two solves').
+    Cost: two solves. Diagnostics: `cos_theta`, `gap`, `relative_gap` (the larger ones of the two solves).
 
     Identities: official equals CAGrad's w at radius c cos / (1.5 - cos), so cos = 0.75 is CAGrad; without rescaling
     ||d - g0|| = c ||g0||; K identical gradients g give (1 + c) g times the factor; c = 0 gives g0.
@@ -75,5 +75,5 @@ class IMGrad(Aggregator):
             gramian, linear[..., None] * products, norm, quadratic, active, solver=self.solver
         )
         weights = 1.0 / gramian.shape[-1] + radius[..., None] * solution.unit
-        diagnostics = {"cos_theta": cosine, "gap": torch.maximum(shortest.gap, solution.gap)}
+        diagnostics = {"cos_theta": cosine, **shortest.larger_gaps(solution)}
         return Aggregation(weights * rescale_factor(self.c, self.rescale), diagnostics)

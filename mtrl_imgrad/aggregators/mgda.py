@@ -50,7 +50,7 @@ class MGDA(Aggregator):
     is left out: taken literally the method would return d = 0 for it.
 
     Identities: <g_i, d> >= ||d||^2 with equality on the support; ||d|| <= min_i ||g_i||; d = 0 iff 0 is in the hull;
-    identical gradients g give g. No state. Cost: one solve (see `solvers.simplex`). Diagnostics: `gap`.
+    identical gradients g give g. No state. Cost: one solve (see `solvers.simplex`). Diagnostics: `gap`, `relative_gap`.
     """
 
     paper = "Sener and Koltun 2018, arXiv 1810.04650"
@@ -64,4 +64,4 @@ class MGDA(Aggregator):
     def solve(self, given: Given) -> Aggregation:
         gramian, active = given.gramian, given.active
         solution = shortest_combination(gramian, active, self.solver)
-        return Aggregation(solution.weights, {"gap": solution.gap})
+        return Aggregation(solution.weights, solution.gaps)

@@ -40,7 +40,7 @@ def regularised_shortest(
     linear, quadratic = lam / (1.0 + lam) * products, zero + 1.0 / (1.0 + lam)
     solution = minimise_on_simplex(gramian, linear, zero, quadratic, active, solver=solver)
     weights = solution.weights / (1.0 + lam) + lam / (1.0 + lam) * reference
-    return Aggregation(weights, {"gap": solution.gap})
+    return Aggregation(weights, solution.gaps)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class SDMGrad(Aggregator):
     of mean diagonal 1 and, keeping its best iterate, mostly returns the mean. This is the exact minimiser for the
     batch at hand, so there is no state. The supervised code multiplies by K; this is the mean scale.
 
-    Published command lines: lambda = 0.6 for MT10 and MT50. Cost: one solve. Diagnostics: `gap`.
+    Published command lines: lambda = 0.6 for MT10 and MT50. Cost: one solve. Diagnostics: `gap`, `relative_gap`.
 
     Identities: it is MGDA of the gradients g_i + lambda g0, over 1 + lambda, hence <d', g_i + lambda g0> >= ||d'||^2
     for d' = (1 + lambda) d. It is the shortest combination whose weights are all >= lambda / ((1 + lambda) K), so
@@ -90,7 +90,7 @@ class SDMGradOS(Aggregator):
     smallest number. Tasks without gradient may be drawn, and count in the mean over the sample as in every mean here.
 
     Published command lines: MT10 n = 4, MT50 n = 8, lambda = 0.6 for both. No state. Cost: one solve. Diagnostics:
-    `gap`, `sampled` (the number of tasks).
+    `gap`, `relative_gap`, `sampled` (the number of tasks).
 
     Identities: n >= K is SDMGrad; K identical gradients g give g, whatever the sample.
     """

@@ -55,6 +55,15 @@ class SimplexSolution:
     it grows with the ratio of the lengths, to about 1e-13 times it; above 1e-3 the direction is in doubt.
     It is computed in float64 too: beyond a ratio of 1e8 a small value is no proof."""
 
+    @property
+    def gaps(self) -> dict[str, Float[Tensor, "*batch"]]:
+        """Both, as rules report them."""
+        return {"gap": self.gap, "relative_gap": self.relative_gap}
+
+    def larger_gaps(self, other: SimplexSolution) -> dict[str, Float[Tensor, "*batch"]]:
+        """`gaps` of a rule that takes two solves."""
+        return {name: torch.maximum(gap, other.gaps[name]) for name, gap in self.gaps.items()}
+
 
 class Problem(NamedTuple):
     """The kernel's data."""
