@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -21,12 +22,18 @@ everywhere = given(
     family=st.sampled_from(FAMILIES), num_tasks=st.integers(1, 8), seed=st.integers(0, 10_000), data=st.data()
 )
 few = settings(max_examples=15, derandomize=True)
-# Where 0 is in the hull some minimisers are ill-conditioned functions of M; 1e-5 of the gradients' size bounds that.
-TOLERANCE = 1e-5
+TOLERANCE = 1e-7
 
 
 def vector(*entries: float) -> torch.Tensor:
     return torch.tensor(entries, dtype=torch.float64)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, family: str, jacobian: torch.Tensor) -> None:
+    """Relative to the direction's length, which is short where norms differ; `lowrank` has 0 in the hull, and there the
+    direction of a vanishing one is rounding error: relative to the gradients."""
+    size = jacobian.norm(dim=1).square().mean().sqrt() if family == "lowrank" else expected.norm()
+    assert (found - expected).norm() < TOLERANCE * size
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -38,8 +45,7 @@ def test_permuting_the_tasks_leaves_the_direction(name, family, num_tasks, seed,
     noise = noise_for(rule, num_tasks, seed)
     permuted_noise = permuted(rule, noise, order)
     expected = direction(rule, jacobian, noise)
-    size = jacobian.norm(dim=1).square().mean().sqrt()
-    assert (direction(rule, jacobian[order], permuted_noise) - expected).norm() < TOLERANCE * size
+    assert_same(direction(rule, jacobian[order], permuted_noise), expected, family, jacobian)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -50,8 +56,7 @@ def test_scaling_the_gradients_scales_the_direction(name, family, num_tasks, see
     scale = 10.0 ** data.draw(st.integers(-6, 6))
     noise = noise_for(rule, num_tasks, seed)
     expected = direction(rule, jacobian, noise)
-    size = jacobian.norm(dim=1).square().mean().sqrt()
-    assert (direction(rule, jacobian * scale, noise) / scale - expected).norm() < TOLERANCE * size
+    assert_same(direction(rule, jacobian * scale, noise) / scale, expected, family, jacobian)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 3, 10])
@@ -107,10 +112,24 @@ def test_a_task_without_gradient_changes_only_the_mean(name: str) -> None:
 def test_one_gradient_a_million_times_larger_is_handled(name: str) -> None:
     jacobian = gradients("shared", 5)
     jacobian[1] *= 1e6
-    result = RULES[name](jacobian @ jacobian.mT, noise_for(RULES[name], 5))
-    assert torch.isfinite(result.weights).all()
-    if name in SOLVED:
+    assert torch.isfinite(RULES[name](jacobian @ jacobian.mT, noise_for(RULES[name], 5)).weights).all()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", SOLVED)
+def test_one_gradient_a_million_times_larger_leaves_the_solution_certified(name: str, route: str) -> None:
+    """`gap` alone is blind here: the long gradient dominates what it is relative to."""
+    rule = dataclasses.replace(RULES[name], solver=route)
+    for family in ("shared", "gauss", "conflict"):
+        jacobian = gradients(family, 5)
+        jacobian[1] *= 1e6
+        result = rule(jacobian @ jacobian.mT, noise_for(rule, 5))
         assert result.diagnostics["gap"] < 1e-9
+        if name in ("upgrad", "dualproj"):  # these look at the gradients' cosines alone
+            found = result.weights @ jacobian
+            assert (jacobian @ found / jacobian.norm(dim=1) / found.norm()).min() > -1e-9
+        else:
+            assert result.diagnostics["relative_gap"] < 1e-8
 
 
 def test_mgda_has_the_obtuse_property() -> None:
