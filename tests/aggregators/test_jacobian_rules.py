@@ -8,12 +8,13 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
+import oracles
 import pytest
 import torch
 from gradient_families import FAMILIES, gradients, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import brentq
+from loops import by_adatask, by_dbmtl, by_moco, nearest_on_simplex
 from torch import Tensor
 
 from mtrl_imgrad.aggregators import DBMTL, AdaTask, Aggregation, Aggregator, GradDrop, MoCo
@@ -64,78 +65,13 @@ def assert_close_per_call(given_directions: Tensor, expected: Tensor, tolerance:
     assert ((given_directions - expected).abs() <= tolerance * size).all()
 
 
-# Loops
-
-
-def drop_signs(jacobian: np.ndarray, noise: np.ndarray, leak: float) -> np.ndarray:
-    """Algorithm 1 of the GradDrop paper, number by number; the mean over the tasks."""
-    out = np.zeros(jacobian.shape[1])
-    for column in range(jacobian.shape[1]):
-        entries = jacobian[:, column]
-        size = np.abs(entries).sum()
-        purity = 0.5 * (1 + entries.sum() / size) if size > 0 else 0.5
-        for entry in entries:
-            kept = (entry > 0 and purity > noise[column]) or (entry < 0 and purity < noise[column])
-            out[column] += entry if kept else leak * entry
-    return out / len(jacobian)
-
-
-def nearest_on_simplex(vector: np.ndarray) -> np.ndarray:
-    """The threshold by root finding."""
-    threshold = brentq(lambda t: np.maximum(vector - t, 0).sum() - 1, vector.min() - 2, vector.max(), xtol=1e-15)
-    return np.maximum(vector - threshold, 0)
-
-
-def tracked_directions(jacobians: list[Tensor], losses: Tensor, rule: MoCo) -> Tensor:
-    num_tasks = len(losses)
-    tracked, weights, found = np.zeros(jacobians[0].shape), np.full(num_tasks, 1 / num_tasks), []
-    for t, jacobian in enumerate(jacobians, start=1):
-        rows = jacobian.numpy()
-        if rule.normalization == "loss":
-            rows = np.stack([loss * row / np.linalg.norm(row) for row, loss in zip(rows, losses.numpy(), strict=True)])
-        tracked = tracked - rule.beta / t**rule.beta_decay * (tracked - rows)
-        products = tracked @ tracked.T
-        if rule.normalization == "gramian":
-            products = products / np.trace(products) * num_tasks
-        moved = weights - rule.gamma / t**rule.gamma_decay * (products + rule.rho * np.eye(num_tasks)) @ weights
-        exponents = np.exp(moved - moved.max())
-        weights = nearest_on_simplex(moved) if rule.projection == "simplex" else exponents / exponents.sum()
-        found.append(weights @ tracked)
-    return torch.from_numpy(np.stack(found))
-
-
-def balanced_directions(jacobians: list[Tensor], losses: Tensor, rule: DBMTL) -> Tensor:
-    average, found = np.zeros(jacobians[0].shape), []
-    for t, jacobian in enumerate(jacobians, start=1):
-        rows = jacobian.numpy() / (losses.numpy() + 1e-8)[:, None]
-        average = rows + rule.beta / t**rule.sigma * (average - rows)
-        norms = [np.linalg.norm(row) for row in average]
-        found.append(sum(max(norms) / norm * row for norm, row in zip(norms, average, strict=True)) / len(norms))
-    return torch.from_numpy(np.stack(found))
-
-
-def adam_directions(jacobians: list[Tensor], rule: AdaTask) -> Tensor:
-    """torch's Adam for every task on its own: the difference of its parameters with lr = 1."""
-    found = torch.zeros(len(jacobians), jacobians[0].shape[1], dtype=torch.float64)
-    num_tasks = len(jacobians[0])
-    for task in range(num_tasks):
-        parameters = torch.zeros(jacobians[0].shape[1], dtype=torch.float64, requires_grad=True)
-        optimiser = torch.optim.Adam([parameters], lr=1.0, betas=(rule.beta1, rule.beta2), eps=rule.eps)
-        for index, jacobian in enumerate(jacobians):
-            parameters.data.zero_()
-            parameters.grad = jacobian[task].clone()
-            optimiser.step()
-            found[index] -= parameters.detach() / (num_tasks if rule.combine == "mean" else 1)
-    return found
-
-
 @pytest.mark.parametrize("num_tasks", TASKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graddrop_is_the_papers_loop(family: str, num_tasks: int) -> None:
     jacobian = gradients(family, num_tasks)
     noise = GradDrop().draw_noise(num_tasks, generator(), jacobian.shape[1])
     for leak in (0.0, 0.3):
-        expected = torch.from_numpy(drop_signs(jacobian.numpy(), noise.double().numpy(), leak))
+        expected = torch.from_numpy(oracles.graddrop_direction(jacobian.numpy(), noise.double().numpy(), leak))
         for scale in SCALES:
             rows = jacobian * scale
             found = GradDrop(leak=leak)(rows @ rows.mT, noise, jacobian=rows).direction / scale
@@ -153,7 +89,7 @@ def test_moco_is_the_papers_loop(family: str, scale: float) -> None:
     ]
     for num_tasks, rule in itertools.product(TASKS, rules):
         jacobians = [scale * jacobian for jacobian in course(family, num_tasks)]
-        expected = tracked_directions(jacobians, some_losses(num_tasks), rule)
+        expected = by_moco(jacobians, some_losses(num_tasks).expand(len(jacobians), -1), rule)
         # `imbalanced` has products of 1e4 in its raw Gramian, so that rounding of w is that much larger.
         tolerance = 1e-8 if rule.normalization == "none" and family == "imbalanced" else 1e-11
         assert_close_per_call(directions(rule, jacobians), expected, tolerance)
@@ -164,7 +100,7 @@ def test_moco_is_the_papers_loop(family: str, scale: float) -> None:
 def test_dbmtl_is_the_papers_loop(family: str, scale: float) -> None:
     for num_tasks, rule in itertools.product(TASKS, (DBMTL(), DBMTL(beta=0.5, sigma=0.5), DBMTL(beta=0.0))):
         jacobians = [scale * jacobian for jacobian in course(family, num_tasks)]
-        expected = balanced_directions(jacobians, some_losses(num_tasks), rule)
+        expected = by_dbmtl(jacobians, some_losses(num_tasks).expand(len(jacobians), -1), rule)
         assert_close_per_call(directions(rule, jacobians), expected)
 
 
@@ -174,7 +110,7 @@ def test_adatask_is_one_adam_of_torchs_per_task(family: str, scale: float) -> No
     for num_tasks, combine in itertools.product((1, 2, 3, 10), ("mean", "sum")):
         rule = AdaTask(combine=combine, beta1=0.8, beta2=0.99)
         jacobians = [scale * jacobian for jacobian in course(family, num_tasks)]
-        assert_close_per_call(directions(rule, jacobians), adam_directions(jacobians, rule))
+        assert_close_per_call(directions(rule, jacobians), by_adatask(jacobians, rule))
 
 
 @pytest.mark.parametrize("num_tasks", TASKS)
@@ -252,7 +188,7 @@ def test_identical_gradients_keep_their_direction(rule: Aggregator, constant: fl
 def test_adatask_with_identical_gradients_is_adam(num_tasks: int) -> None:
     jacobians = course("gauss", 1, 5)
     repeated = [jacobian.expand(num_tasks, -1).contiguous() for jacobian in jacobians]
-    expected = adam_directions(jacobians, AdaTask())
+    expected = by_adatask(jacobians, AdaTask())
     assert_close_per_call(directions(AdaTask(), repeated), expected)
     assert_close_per_call(directions(AdaTask(combine="sum"), repeated), num_tasks * expected)
 
