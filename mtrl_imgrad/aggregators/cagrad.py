@@ -67,6 +67,14 @@ class CAGrad(Aggregator):
         gramian, active = given.gramian, given.active
         products, mean_norm = mean_gradient(gramian)
         radius = self.c * mean_norm
-        solution = minimise_on_simplex(gramian, products, radius, torch.zeros_like(radius), active, solver=self.solver)
+        solution = minimise_on_simplex(
+            gramian,
+            products,
+            radius,
+            torch.zeros_like(radius),
+            active,
+            solver=self.solver,
+            rounding=given.rounding,
+        )
         weights = 1.0 / gramian.shape[-1] + radius[..., None] * solution.unit
         return Aggregation(weights * rescale_factor(self.c, self.rescale), {"gap": solution.gap})

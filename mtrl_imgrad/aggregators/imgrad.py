@@ -62,7 +62,7 @@ class IMGrad(Aggregator):
 
     def solve(self, given: Given) -> Aggregation:
         gramian, active = given.gramian, given.active
-        shortest, _, cosine = minimum_norm_point(gramian, active, self.solver)
+        shortest, _, cosine = minimum_norm_point(given, self.solver)
         products, mean_norm = mean_gradient(gramian)
         radius = self.c * mean_norm
         zero = torch.zeros_like(cosine)
@@ -72,7 +72,13 @@ class IMGrad(Aggregator):
             "eq11": (1.0 - cosine, cosine * radius, zero),
         }[self.variant]
         solution = minimise_on_simplex(
-            gramian, linear[..., None] * products, norm, quadratic, active, solver=self.solver
+            gramian,
+            linear[..., None] * products,
+            norm,
+            quadratic,
+            active,
+            solver=self.solver,
+            rounding=given.rounding,
         )
         weights = 1.0 / gramian.shape[-1] + radius[..., None] * solution.unit
         diagnostics = {"cos_theta": cosine, "gap": torch.maximum(shortest.gap, solution.gap)}

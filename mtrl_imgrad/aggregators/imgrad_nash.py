@@ -70,8 +70,8 @@ class IMGradNash(Aggregator):
 
     def solve(self, given: Given) -> Aggregation:
         gramian, active = given.gramian, given.active
-        cosine = minimum_norm_point(gramian, active, self.solver)[2]
-        nash = solve_alpha_fair(gramian, active, 1.0).weights
+        cosine = minimum_norm_point(given, self.solver)[2]
+        nash = solve_alpha_fair(gramian, active, 1.0, given.rounding).weights
         exists = (nash > 0).any(-1, keepdim=True)
         cosines = correlations(gramian, active)
         ones = active.to(torch.float64)
