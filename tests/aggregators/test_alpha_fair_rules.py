@@ -14,7 +14,6 @@ from torch import Tensor
 
 from mtrl_imgrad.aggregators import FairGrad, NashMTL
 from mtrl_imgrad.aggregators.solvers import alpha_fair
-from mtrl_imgrad.aggregators.solvers.alpha_fair import solve_alpha_fair
 
 SIZES = (1, 2, 3, 10, 50)
 SCALES = (1e-4, 1.0, 1e4)
@@ -223,14 +222,6 @@ def test_a_batch_counts_its_own_steps() -> None:
 def test_a_wrong_field_is_refused_by_name(rule, fields, message) -> None:
     with pytest.raises(ValueError, match=message):
         rule(**fields)
-
-
-@pytest.mark.parametrize("alpha", [0.5, 1.0, 2.0])
-def test_powers_weigh_the_tasks(alpha: float) -> None:
-    jacobian = gradients("conflict", 6)
-    powers = torch.tensor([1.0, 2.0, 0.1, 5.0, 1.0, 30.0], dtype=torch.float64)
-    weights = solve_alpha_fair(jacobian @ jacobian.mT, torch.ones(6, dtype=torch.bool), alpha, powers).weights
-    torch.testing.assert_close(jacobian @ (weights @ jacobian) * weights.pow(1 / alpha), powers, rtol=1e-9, atol=0)
 
 
 def test_the_steps_are_more_than_enough(monkeypatch: pytest.MonkeyPatch) -> None:

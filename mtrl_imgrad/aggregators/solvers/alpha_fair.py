@@ -10,7 +10,8 @@ independent of the size of u; Newton on w alone needs damping and stalls on uneq
 start at alpha = 1, where the solution does not depend on the norms, and move alpha to its value by and by. Nash-MTL
 needs 4 to 7 of its 16 steps, FairGrad with alpha = 2 about 12 of 24.
 
-C carries the ridge of `correlations`, normally 1e-13.
+C carries the ridge of `correlations`, normally 1e-13; the last steps take it off the equation, not off the Newton
+matrix.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from mtrl_imgrad.aggregators.solvers.correlations import correlations
 
 ALPHA_RANGE = (0.5, 10.0)  # beyond, w spans so many orders of magnitude that the number of steps is no longer safe
 NASH_STEPS = 16
-STEPS_PER_OCTAVE = 8  # further steps for the first doubling or halving of alpha; n octaves take n^2 times as many
+STEPS_PER_OCTAVE = 8  # further steps for one doubling or halving of alpha; n of them take n^2 times as many
+UNRIDGED_STEPS = 4  # the last ones, for the equation without the ridge: it would show where gradients nearly cancel
 TO_BOUNDARY = 0.95
 
 
@@ -61,15 +63,18 @@ def solve_alpha_fair(
     ones = active.to(torch.float64)
     moving = STEPS_PER_OCTAVE * math.log2(alpha) ** 2
     uniform = torch.ones_like(cosines.norms)
+    plain = cosines.matrix - torch.diag_embed(cosines.ridge[..., None] * uniform)
     length = (cosines.matrix.sum(-1) * uniform).sum(-1, keepdim=True).sqrt()
     u = uniform * math.sqrt(gramian.shape[-1]) / length  # the best multiple of 1 for alpha = 1
     v = 1.0 / u
-    for step in range(NASH_STEPS + math.ceil(moving)):
+    steps = NASH_STEPS + math.ceil(moving)
+    for step in range(steps):
+        ridge = cosines.ridge[..., None] if step < steps - UNRIDGED_STEPS else 0.0
         exponent = alpha ** -(min(1.0, step / moving) if moving else 1.0)
         target = (exponent - 1.0) * cosines.norms.log()
         excess = target - exponent * u.log() - v.log()
         newton = u[..., :, None] * cosines.matrix * u[..., None, :] + torch.diag_embed(exponent * v * u)
-        image = (cosines.matrix @ u[..., None]).squeeze(-1)
+        image = (plain @ u[..., None]).squeeze(-1) + ridge * u
         side = u * (v * (1.0 + excess) - image)
         du = torch.cholesky_solve(side[..., None], torch.linalg.cholesky_ex(newton).L).squeeze(-1)  # relative to u
         dv = excess - exponent * du  # relative to v
