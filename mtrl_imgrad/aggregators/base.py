@@ -260,11 +260,9 @@ class Aggregator(ABC):
             )
         state = vars(self).get("_state")
         if state is not None:
-            with torch.device("meta"):
-                needed = {
-                    key: tuple(x.shape) for key, x in self.initial_state((*gramian.shape[:-1],), parameters).items()
-                }
-            shapes = {key: tuple(x.shape) for key, x in state.items()}
+            with torch.device("meta"):  # for the shapes alone: J's may be large
+                initial = self.initial_state(tuple(gramian.shape[:-1]), parameters)
+            shapes, needed = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, initial))
             if shapes != needed:
                 raise ValueError(f"state: got {shapes}, need {needed}; `reset` forgets the earlier calls")
             state = {key: value.to(gramian.device) for key, value in state.items()}
@@ -278,7 +276,7 @@ class Aggregator(ABC):
         return {name: value.clone() for name, value in vars(self).get("_state", {}).items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where the object went that `state_dict` was called on, bit for bit. Shapes are for the next call to check.
+        """Go on where the object went that `state_dict` was called on, bit for bit. The next call checks the shapes.
 
         Raises:
             ValueError: the names are not those of this rule's state.

@@ -28,8 +28,9 @@ class CAGradFast(Aggregator):
     There the sample spares backward passes; here all gradients cost about one, and what is left is a smaller problem
     and a coarser worst case. Tasks without gradient are not drawn, nor counted among the others.
 
-    Published command lines: MT10 c = 0.9, n = 4; MT50 c = 0.5, n = 8. No state; random numbers: one per task. Cost: one
-    solve of size n. Where hw = 0 see `SimplexSolution.unit`. Diagnostics: `gap`.
+    Published command lines: MT10 c = 0.9, n = 4; MT50 c = 0.5, n = 8; the default c = 0.4 is our choice. No state;
+    random numbers: one per task. Cost: one solve of size n. Where hw = 0 see `SimplexSolution.unit`. Diagnostics:
+    `gap`.
 
     Identities: n >= K is CAGrad; n = 1 and c = 0 give (1 + c) g0 and g0 times the factor; before rescaling
     ||d - g0|| = c ||g0||; K identical gradients g give (1 + c) g times the factor.

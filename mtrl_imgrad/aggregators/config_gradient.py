@@ -18,8 +18,8 @@ class ConFIG(Aggregator):
 
     For independent gradients all cos(g_i, u) are the same positive number. With C = U U^T the cosines, pinv(U) = U^T
     pinv(C), so M is enough: the coefficients on the unit gradients are a = pinv(C) 1, and ||pinv(U) 1||^2 = 1^T a.
-    Eigenvalues of C below K eps of the largest count as 0, eps being how well M is known (`Given.rounding`); no direction
-    is meant where the squared cosine between the ones and the range of C is below eps.
+    Eigenvalues of C below K eps of the largest count as 0, eps being how well M is known (`Given.rounding`); no
+    direction is meant where the squared cosine between the ones and the range of C is below eps.
 
     Differences: the paper's length is the sum of the projections; this is their mean (mean scale). The published code
     and TorchJD take the pseudo-inverse of U itself, whose cut lies at K eps of a singular value, eps of an eigenvalue's

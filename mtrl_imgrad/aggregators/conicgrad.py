@@ -65,8 +65,8 @@ class ConicGrad(Aggregator):
     """If no direction in the cone descends for all tasks: the best on its surface, the mean gradient, or zero."""
 
     mode: Mode = "exact"
-    """Solve for the task weights at every step (c, on_infeasible, solver apply), or move them by one gradient step a call
-    (c, on_infeasible, lr, gamma)."""
+    """Solve for the task weights at every step (fields c, on_infeasible, solver), or move them by one gradient step a
+    call (c, on_infeasible, lr, gamma)."""
 
     lr: float = 0.025
     """Adam's learning rate of the logits in single_loop (> 0)."""

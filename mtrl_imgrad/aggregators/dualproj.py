@@ -24,8 +24,9 @@ class DualProj(Aggregator):
     Hyper-parameters: none. Values for MT10 and MT50: unknown. No state. Cost: one solve (`solvers.dual_cone`).
     Diagnostics: `gap`.
 
-    Identities: <g_i, d> >= 0 for all i, to a cosine of -1e-8 for the nearest to opposed gradients; <g0, d> = ||d||^2, so ||d|| <= ||g0||; if no task opposes g0, d = g0;
-    homogeneous of degree 1; K identical gradients g give g; an opposed pair gives 0, and so does 0 inside the hull.
+    Identities: <g_i, d> >= 0 for all i, to a cosine of -1e-8 for the nearest to opposed gradients; <g0, d> = ||d||^2,
+    so ||d|| <= ||g0||; if no task opposes g0, d = g0; homogeneous of degree 1; K identical gradients g give g; an
+    opposed pair gives 0, and so does 0 inside the hull.
     """
 
     solver: Route = "auto"

@@ -16,8 +16,7 @@ class FairGrad(Aggregator):
 
     alpha = 1 is Nash-MTL; as alpha grows the <g_i, d> become equal. w is the minimiser of a strictly convex function,
     found by Newton (`solvers.alpha_fair`) to a residual |(Mw)_i w_i^(1/alpha) - 1| of 1e-9 or less for norm ratios of
-    1e4; for ratios of 1e6 the residual, not the direction, grows to 1e-8 (alpha = 2), and alpha > 3 may not converge.
-    Nearly opposed gradients have that of `NashMTL`.
+    1e4, 1e-7 for 1e6; nearly opposed gradients have that of `NashMTL`.
 
     Differences: the supervised code minimises the squared residual by scipy, which stops early at small scales; the RL
     code takes 20 steps of clipped SGD and ends at 1e-4 of the right length for gradients of length 1e-3, or at a cosine

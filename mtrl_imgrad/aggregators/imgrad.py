@@ -33,8 +33,8 @@ class IMGrad(Aggregator):
     Tasks without gradient are left out (the code gives cos = 0 and d = g0 / (1 + c^2)). Where 0 lies numerically in the
     hull cos is 0; then `official` and `eq11` are linear in w, and ties go to the shortest gw.
 
-    The published supervised run uses c = 0.8; its value for MT10 is unknown; `cagrad.py` names CAGrad's. No state.
-    Cost: two solves. Diagnostics: `cos_theta`, `gap` (the larger of the two solves').
+    The published supervised run uses c = 0.8; its value for MT10 is unknown; `cagrad.py` names CAGrad's; the default c
+    = 0.4 is our choice. No state. Cost: two solves. Diagnostics: `cos_theta`, `gap` (the larger of the two solves').
 
     Identities: official equals CAGrad's w at radius c cos / (1.5 - cos), so cos = 0.75 is CAGrad; without rescaling
     ||d - g0|| = c ||g0||; K identical gradients g give (1 + c) g times the factor; c = 0 gives g0.

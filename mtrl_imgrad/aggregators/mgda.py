@@ -49,7 +49,8 @@ class MGDA(Aggregator):
     is left out: taken literally the method would return d = 0 for it.
 
     Identities: <g_i, d> >= ||d||^2 with equality on the support; ||d|| <= min_i ||g_i||; d = 0 iff 0 is in the hull;
-    identical gradients g give g. No state. Cost: one solve (see `solvers.simplex`). Diagnostics: `gap`.
+    identical gradients g give g. Hyper-parameters: none. Values for MT10 and MT50: none. No state. Cost: one solve (see
+    `solvers.simplex`). Diagnostics: `gap`.
     """
 
     paper = "Sener and Koltun 2018, arXiv 1810.04650"

@@ -39,7 +39,7 @@ class NashMTL(Aggregator):
 
     a is the minimiser of the strictly convex a'Ma / 2 - sum_i log a_i, found by Newton (`solvers.alpha_fair`) to a
     residual |a_i (Ma)_i - 1| of about 1e-16 over the smallest eigenvalue of the cosines between the gradients, whatever
-    their norms: 1e-11 for cosines of -0.99 (K = 2), 1e-6 for nearly opposed ones, at 1e-8 from -1.
+    their norms: 1e-11 for two at a cosine of -1 + 1e-5, 1e-6 for two at -1 + 1e-10.
 
     Differences: the published code approximates a by up to 20 convex programs from ECOS, started at the last a; it
     fails for K = 1, for a task without gradient (left out here) and for norm ratios of 1e4, where its residual was 1e3.

@@ -38,8 +38,8 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Krum": {"n_byzantine": 1},
     "TrimmedMean": {"trim_number": 1},
 }
-"""Values of parameters that TorchJD asks for: CAGrad's of its paper's supervised runs, FairGrad's published MT10
-command, and one outlier for the robust rules."""
+"""Values of parameters that TorchJD asks for: CAGrad's is our rule's, our choice; FairGrad's of its published MT10
+command; and one outlier for the robust rules."""
 
 
 NUM_TASKS = "n_tasks"
@@ -245,8 +245,8 @@ def named(name: str) -> type[TorchJDRule]:
             fields.append((parameter.name, kind, default))
         elif default is inspect.Parameter.empty:
             raise ValueError(
-                f"aggregator: 'torchjd:{name}' needs {parameter.name!r}, which no flag can give; build it in Python and "
-                "use from_torchjd outside of runs"
+                f"aggregator: 'torchjd:{name}' needs {parameter.name!r}, which no flag can give; build it in Python, "
+                "and use from_torchjd outside of runs"
             )
     namespace = {
         "source": source,

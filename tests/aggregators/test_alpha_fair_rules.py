@@ -92,6 +92,37 @@ def test_a_million_to_one_still_has_its_direction(name: str) -> None:
         assert residual(jacobian, result.weights, alpha) < {0.5: 1e-5, 1.0: 1e-10, 2.0: 1e-7}[alpha]
 
 
+@every_rule
+def test_unequal_gradients_of_many_seeds_have_their_residual(name: str) -> None:
+    rule, _ = RULES[name]
+    for num_tasks, seeds in ((50, range(100, 160)), (10, range(20))):
+        jacobian = torch.stack([gradients("imbalanced", num_tasks, seed) for seed in seeds])
+        assert rule(jacobian @ jacobian.mT).diagnostics["residual"].max() < 1e-9
+
+
+@every_rule
+@pytest.mark.parametrize(("decades", "bound"), [(4, 1e-9), (6, 1e-7)])
+def test_strong_conflict_between_unequal_gradients_has_its_residual(name: str, decades: int, bound: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    for num_tasks in (2, 5, 20):
+        jacobian = torch.randn(30, num_tasks, 4 * num_tasks + 7, generator=generator, dtype=torch.float64)
+        jacobian = jacobian - 0.95 * jacobian.mean(1, keepdim=True)
+        spread = torch.rand(30, num_tasks, 1, generator=generator, dtype=torch.float64) - 0.5
+        jacobian = jacobian * 10.0 ** (decades * spread)
+        assert RULES[name][0](jacobian @ jacobian.mT).diagnostics["residual"].max() < bound
+
+
+@every_rule
+@pytest.mark.parametrize("distance", [1e-1, 1e-2, 1e-3, 1e-4])
+def test_the_residual_of_nearly_opposed_gradients_is_rounding_over_the_smallest_eigenvalue(name, distance) -> None:
+    jacobian = torch.tensor([[1.0, 0.0], [-3.0, distance]], dtype=torch.float64)
+    units = jacobian / jacobian.norm(dim=1, keepdim=True)
+    smallest = torch.linalg.svdvals(units)[-1] ** 2
+    result = RULES[name][0](jacobian @ jacobian.mT)
+    assert result.diagnostics["residual"] < 1e-15 / smallest
+    assert (jacobian @ (result.weights @ jacobian) > 0).all()
+
+
 @few
 @solvable
 def test_nash_ignores_the_lengths_of_the_gradients(family, num_tasks, seed, data) -> None:

@@ -1,4 +1,4 @@
-"""Gramians of degenerate gradients whose inner products were taken in float32 get the documented answers all the same."""
+"""Gramians of degenerate gradients whose products were taken in float32 get the documented answers all the same."""
 
 from __future__ import annotations
 

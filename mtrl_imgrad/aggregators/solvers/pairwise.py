@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mtrl_imgrad.aggregators.base import device_of
 
-# ||p_i||^2 counts as zero at this fraction of (sum_j |C_ij| ||g_j||)^2, the rounding error of C M C', besides that of M.
+# ||p_i||^2 counts as zero at this fraction of (sum_j |C_ij| ||g_j||)^2, the error of C M C', besides M's own.
 VANISHED = 1e-14
 
 

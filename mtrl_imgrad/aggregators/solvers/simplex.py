@@ -1,4 +1,4 @@
-"""The one optimisation problem behind MGDA, CAGrad, IMGrad and ConicGrad, and two ways to solve it.
+"""The one optimisation problem behind MGDA, CAGrad, IMGrad, ConicGrad and SDMGrad, and two ways to solve it.
 
     minimise  f(w) = p.w + r sqrt(w'Mw) + (q/2) w'Mw   over the simplex {w >= 0, sum w = 1},   r, q >= 0
 
@@ -9,7 +9,7 @@
 
 Both see M + delta diag(M) with the smallest delta of 1e-13, 1e-10, ..., 0.1 that lets Cholesky succeed. For a float64
 Gramian that is 1e-13, as if every task had a private coordinate of 3e-7 times its norm, and makes w unique. Larger
-values occur only for Gramians that are not positive semi-definite, such as rounded ones.
+values occur only for Gramians that are not positive semi-definite, such as those of products in float32.
 """
 
 from __future__ import annotations
