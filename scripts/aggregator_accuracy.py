@@ -375,7 +375,7 @@ CHECKS: dict[str, Check] = {
     "imgrad_nash": check_imgrad_nash,
     "conicgrad": check_conicgrad,
     "graddrop": check_graddrop,
-    "moco": last_of(loops.by_moco, "jacobians", "losses"),
+    "moco": last_of(loops.by_moco, "jacobians"),
     "dbmtl": last_of(loops.by_dbmtl, "jacobians", "losses"),
     "config": check_config,
     "uw": last_of(loops.by_uncertainty, "losses", weights=True),

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, check_choice, check_range
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, check_choice, check_range, device_of
 from mtrl_imgrad.aggregators.solvers import ROUTES, Route, minimise_on_simplex
 
 # Samples drawn at once, of which the first that is not empty counts. With n >= 1 expected tasks a sample is empty with
@@ -115,8 +115,7 @@ class SDMGradOS(Aggregator):
         self, num_tasks: int, generator: torch.Generator | None = None, parameters: int = 0
     ) -> Float[Tensor, "attempts tasks"]:
         """Uniform numbers on the generator's device; a task is in the sample of a row if its number is below n / K."""
-        device = None if generator is None else generator.device
-        return torch.rand(ATTEMPTS, num_tasks, generator=generator, dtype=torch.float64, device=device)
+        return torch.rand(ATTEMPTS, num_tasks, generator=generator, dtype=torch.float64, device=device_of(generator))
 
     def solve(self, given: Given) -> Aggregation:
         gramian, active, noise = given.gramian, given.active, given.noise

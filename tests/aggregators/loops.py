@@ -25,14 +25,12 @@ def nearest_on_simplex(vector: np.ndarray) -> np.ndarray:
     return np.maximum(vector - threshold, 0)
 
 
-def by_moco(jacobians: Sequence[Tensor], course: Tensor, rule: MoCo) -> Tensor:
+def by_moco(jacobians: Sequence[Tensor], rule: MoCo) -> Tensor:
     """The directions of the paper's loop."""
-    num_tasks = course.shape[1]
+    num_tasks = len(jacobians[0])
     tracked, weights, found = np.zeros(jacobians[0].shape), np.full(num_tasks, 1 / num_tasks), []
-    for t, (jacobian, losses) in enumerate(zip(jacobians, course, strict=False), start=1):
+    for t, jacobian in enumerate(jacobians, start=1):
         rows = jacobian.numpy()
-        if rule.normalization == "loss":
-            rows = np.stack([loss * row / np.linalg.norm(row) for row, loss in zip(rows, losses.numpy(), strict=True)])
         tracked = tracked - rule.beta / t**rule.beta_decay * (tracked - rows)
         products = tracked @ tracked.T
         if rule.normalization == "gramian":

@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from gradient_families import FAMILIES, direction, gradients, relative_error
+from gradient_families import FAMILIES, ROUTES, direction, gradients, relative_error
 from oracles import config_direction
 
 from mtrl_imgrad.aggregators import ConFIG
@@ -16,13 +16,14 @@ SCALES = (1e-4, 1.0, 1e4)
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 10, 50])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_the_papers_definition_at_every_scale(family: str, num_tasks: int) -> None:
+@pytest.mark.parametrize("route", ROUTES)
+def test_it_is_the_papers_definition_at_every_scale(family: str, num_tasks: int, route: str) -> None:
     jacobian = gradients(family, num_tasks)
     expected = torch.from_numpy(config_direction(jacobian.numpy()))
     # The condition number of nearly parallel cosines, 1e7 and more, is the error in units of 1e-16.
     tolerance = 1e-9 if family == "parallel" else 1e-12
     for scale in SCALES:
-        found = direction(ConFIG(), jacobian * scale) / scale
+        found = direction(ConFIG(solver=route), jacobian * scale) / scale
         assert torch.cosine_similarity(found, expected, dim=0) > 1 - 1e-12
         assert relative_error(found, expected) < tolerance
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mtrl_imgrad.aggregators import ConicGrad
 
-STATE = ("logits", "first_moment", "second_moment", "steps")
+STATE = ("logits", "adam_m", "adam_v", "adam_step")
 
 
 def at(logits: Tensor, **fields) -> ConicGrad:
@@ -46,7 +46,7 @@ def test_the_logits_move_as_torchs_adam_moves_them(family: str, scale: float) ->
         result = rule(jacobian @ jacobian.mT).weights @ jacobian
         assert (result - best).norm() < 1e-8 * best.norm()
         assert (rule.state_dict()["logits"] - logits).abs().max() < (1e-6 if family == "parallel" else 1e-10)
-    assert rule.state_dict()["steps"] == 8
+    assert rule.state_dict()["adam_step"] == 8
 
 
 def test_many_steps_on_one_gramian_reach_the_exact_worst_case() -> None:

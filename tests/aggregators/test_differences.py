@@ -130,7 +130,7 @@ CHANGES: dict[str, tuple[Aggregator, ...]] = {
     "moco.rho": (MoCo(), MoCo(rho=3.0)),
     "moco.projection": (MoCo(projection="simplex"), MoCo(projection="softmax")),
     "moco.normalization": (
-        MoCo(normalization="gramian"), MoCo(normalization="loss"), MoCo(normalization="none"),
+        MoCo(normalization="gramian"), MoCo(normalization="none"),
     ),
     "dbmtl.beta": (DBMTL(), DBMTL(beta=0.5)),
     "dbmtl.sigma": (DBMTL(), DBMTL(sigma=1.0)),
