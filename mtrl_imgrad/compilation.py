@@ -28,7 +28,10 @@ from mtrl_imgrad.replay import Batch
 from mtrl_imgrad.sac_update import Metrics, Noise, SacUpdate, State
 
 Update: TypeAlias = Callable[[State, Batch, Noise], tuple[State, Metrics]]
-OPERATOR = "(int rule, Tensor gramian, Tensor? noise, Tensor losses, Tensor? jacobian, Tensor[] state) -> Tensor[]"
+OPERATOR = (
+    "(int rule, Tensor gramian, Tensor? noise, Tensor losses, Tensor? jacobian, Tensor[] state, float rounding)"
+    " -> Tensor[]"
+)
 RULES: WeakValueDictionary[int, Aggregator] = WeakValueDictionary()
 """What the first argument of an operator stands for: a graph can hold numbers and tensors alone."""
 NUMBERS = itertools.count()
@@ -59,11 +62,18 @@ class OpaqueRule:
         return getattr(self.rule, name)
 
     def aggregate(
-        self, gramian: Tensor, noise: Tensor | None, losses: Tensor, jacobian: Tensor | None, state: State
+        self,
+        gramian: Tensor,
+        noise: Tensor | None,
+        losses: Tensor,
+        jacobian: Tensor | None,
+        state: State,
+        rounding: float,
     ) -> Aggregation:
         """See `Aggregator.aggregate`."""
         held = [state[name] for name in sorted(state)]
-        return restored(self.operator(self.number, gramian, noise, losses, jacobian, held), self.example)
+        found = self.operator(self.number, gramian, noise, losses, jacobian, held, rounding)
+        return restored(found, self.example)
 
 
 def flattened(aggregation: Aggregation) -> list[Tensor]:
@@ -112,10 +122,16 @@ def opaque(rule: Aggregator, tasks: int, parameters: int) -> OpaqueRule:
     if not hasattr(torch.ops.mtrl_imgrad, name):
 
         def call(
-            rule: int, gramian: Tensor, noise: Tensor | None, losses: Tensor, jacobian: Tensor | None, state: list
+            rule: int,
+            gramian: Tensor,
+            noise: Tensor | None,
+            losses: Tensor,
+            jacobian: Tensor | None,
+            state: list[Tensor],
+            rounding: float,
         ) -> list[Tensor]:
             held = dict(zip(names, state, strict=True))
-            return flattened(RULES[rule].aggregate(gramian, noise, losses, jacobian, held))
+            return flattened(RULES[rule].aggregate(gramian, noise, losses, jacobian, held, rounding))
 
         torch.library.define(f"mtrl_imgrad::{name}", OPERATOR)
         torch.library.impl(f"mtrl_imgrad::{name}", "cpu", call)

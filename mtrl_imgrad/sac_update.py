@@ -188,7 +188,9 @@ class SacUpdate:
         gramian = gradients.gramian()
         rule = self.rules[name]
         jacobian = gradients.dense() if isinstance(gradients, TaskGradients) and rule.needs == "jacobian" else None
-        aggregation: Aggregation = rule.aggregate(gramian, noise, task_losses, jacobian, remembered(name, state))
+        aggregation: Aggregation = rule.aggregate(
+            gramian, noise, task_losses, jacobian, remembered(name, state), gradients.rounding
+        )
         if aggregation.direction is None:
             direction = gradients.combine(aggregation.weights, aggregation.own_weights)
         else:

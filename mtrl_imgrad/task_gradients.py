@@ -28,6 +28,9 @@ PIECE = 2**24
 LONGEST = 1024
 """Numbers of a row that one float32 product of the Gramian sums at most."""
 
+ROUNDINGS = 4
+"""Times the machine epsilon: the largest error of the Gramian's entries."""
+
 
 @dataclass(frozen=True)
 class Gradients(ABC):
@@ -42,6 +45,11 @@ class Gradients(ABC):
     @abstractmethod
     def gramian(self) -> Float64[Tensor, "tasks tasks"]:
         """M = J J^T. Products in the gradients' dtype, over pieces of J, summed in float64."""
+
+    @property
+    @abstractmethod
+    def rounding(self) -> float:
+        """The relative error of M's entries, see `block_gramian`."""
 
     @abstractmethod
     def combine_shared(self, weights: Float[Tensor, " tasks"]) -> Float[Tensor, " shared"]:
@@ -77,6 +85,10 @@ class TaskGradients(Gradients):
     def gramian(self) -> Float64[Tensor, "tasks tasks"]:
         return torch.stack([block_gramian(block) for block in self.shared]).sum(0)
 
+    @property
+    def rounding(self) -> float:
+        return ROUNDINGS * torch.finfo(self.shared[0].dtype).eps
+
     def combine_shared(self, weights: Float[Tensor, " tasks"]) -> Float[Tensor, " shared"]:
         return torch.cat([torch.matmul(weights.to(block.dtype), block).flatten() for block in self.shared])
 
@@ -100,6 +112,10 @@ class ChunkedTaskGradients(Gradients):
     def gramian(self) -> Float64[Tensor, "tasks tasks"]:
         blocks = (block for use, gradient in self.uses for block in pieces(use, gradient))
         return torch.stack([block_gramian(block) for block in blocks]).sum(0)
+
+    @property
+    def rounding(self) -> float:
+        return ROUNDINGS * torch.finfo(self.uses[0][1].dtype).eps
 
     def combine_shared(self, weights: Float[Tensor, " tasks"]) -> Float[Tensor, " shared"]:
         by_name: dict[str, Tensor] = {}

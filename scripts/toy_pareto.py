@@ -30,8 +30,8 @@ from mtrl_imgrad.aggregators import AGGREGATORS, Aggregation, Aggregator
 Array = NDArray[np.float64]
 ROOT = Path(__file__).parents[1]
 STARTS = np.array([(-8.5, 7.5), (-8.5, -5.0), (9.0, 9.0), (-7.5, -0.5), (9.0, -1.0)])
-SETTINGS: dict[str, dict[str, object]] = {"cagrad": {"c": 0.5, "rescale": 2}}
-"""Fields that differ from a rule's defaults: those of the published toy code."""
+SETTINGS: dict[str, dict[str, object]] = {"cagrad": {"c": 0.5, "rescale": 2}, "famo": {"gamma": 1e-5}}
+"""Fields that differ from a rule's defaults: those of CAGrad's published toy code, and of FAMO's supervised code."""
 LEARNING_RATE, BETAS, EPSILON = 1e-3, (0.9, 0.999), 1e-8
 LOWEST_ARGUMENT = 5e-6
 SHIFT = 20.0
@@ -303,7 +303,7 @@ def main() -> None:
     figures = table(outcomes, pareto)
     print(figures)
     figure = draw(outcomes, pareto, arguments.columns)
-    figure.savefig(arguments.out / "toy_pareto.png", dpi=160)
+    figure.savefig(arguments.out / "toy_pareto.png", dpi=115)
     page = arguments.out / "README.md"
     above, _, rest = (page.read_text() if page.exists() else f"# The toy problem\n\n{MARKER}{MARKER}").partition(MARKER)
     below = rest.partition(MARKER)[2]

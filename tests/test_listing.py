@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from dataclasses import dataclass
 
 import pytest
@@ -17,7 +18,7 @@ ROWS = [facts(name, rule) for name, rule in AGGREGATORS.items()]
 
 @dataclass(frozen=True)
 class Remembering(Aggregator):
-    """Weights [K] by loss.
+    """w = f(L).
 
     More that the table leaves out.
     """
@@ -30,30 +31,43 @@ class Remembering(Aggregator):
     paper = "Nobody 2020"
 
     def initial_state(self, shape: tuple[int, ...], parameters: int) -> dict[str, torch.Tensor]:
-        return {"seen": torch.zeros(shape)}
+        return {"seen": torch.zeros(*shape, parameters), "last": torch.zeros(3, *shape), "calls": torch.zeros(())}
 
     def solve(self, given: Given) -> Aggregation:
         raise NotImplementedError
 
 
+def cells(name: str, rule: type[Aggregator]) -> dict[str, str]:
+    return dict(zip(COLUMNS, facts(name, rule), strict=True))
+
+
 def test_a_rule_with_state_losses_and_fields():
-    cells = dict(zip(COLUMNS, facts("remembering", Remembering), strict=True))
-    assert cells == {
+    assert cells("remembering", Remembering) == {
         "name": "remembering",
         "paper": "Nobody 2020",
         "needs": "losses, critics only",
-        "state": "yes",
+        "state": "seen [K, P], last [3, K], calls",
         "defaults": "rate=0.5",
-        "meaning": "Weights [K] by loss.",
+        "meaning": (__doc__ or "").splitlines()[0],
     }
 
 
 @pytest.mark.parametrize("name", AGGREGATORS)
 def test_every_rule_says_what_it_means_and_where_it_is_from(name):
-    cells = dict(zip(COLUMNS, facts(name, AGGREGATORS[name]), strict=True))
-    assert cells["meaning"].endswith(".")
-    assert cells["state"] == ("yes" if AGGREGATORS[name]().initial_state((3,), 4) else "no")
-    assert cells["paper"] != "-" or name in ("mean", "sum")
+    shown = cells(name, AGGREGATORS[name])
+    assert shown["meaning"] == (sys.modules[AGGREGATORS[name].__module__].__doc__ or "").splitlines()[0]
+    assert shown["meaning"].endswith(".")
+    assert shown["paper"] != "-" or name in ("mean", "sum")
+    if AGGREGATORS[name]().initial_state((3,), 4):
+        assert shown["state"][0].isalpha()
+        assert ":" not in shown["state"]
+
+
+def test_a_state_that_comes_with_an_option_is_shown_behind_it():
+    single_loop = "mode=single_loop: logits [K], "
+    assert cells("conicgrad", AGGREGATORS["conicgrad"])["state"].startswith(single_loop)
+    assert cells("nashmtl", AGGREGATORS["nashmtl"])["state"] == "update_weights_every=2: alpha [K], step"
+    assert cells("cagrad", AGGREGATORS["cagrad"])["state"] == "-"
 
 
 def test_columns_of_a_pipe_are_aligned():
@@ -78,4 +92,4 @@ def test_the_table_fits_the_terminal_and_loses_nothing(width):
         titles = next(line for line in lines if line.strip()).split()
         assert titles == list(COLUMNS)
     else:
-        assert "Weights[K]byloss.rate=0.5" in shown
+        assert "rate=0.5state:seen[K,P],last[3,K],callsNobody2020" in shown

@@ -20,7 +20,8 @@ class AlignedMTL(Aggregator):
     """d = J^T B 1/K with B = sqrt(s) M^(-1/2): the mean of the rows of B J, orthogonal and of length sqrt(s).
 
     M = V diag(l) V', and M^(-1/2) is taken over the eigenvalues above the tolerance K eps max l (the range of M, rank
-    r). s is the smallest of these (paper), their median (the lower one for an even count) or their mean.
+    r), eps being how well M is known (`Given.rounding`). s is the smallest of these (paper), their median (the lower
+    one for an even count) or their mean.
 
     Differences: the published code sums over the tasks, this is the mean. It cuts the matrices at the rank, which looks
     at the device; here eigenvalues outside the range get the factor 0.
@@ -54,7 +55,7 @@ class AlignedMTL(Aggregator):
         num_tasks = gramian.shape[-1]
         values, vectors = symmetric_eigen(gramian, self.solver)
         largest = values[..., -1:]
-        in_range = values > num_tasks * torch.finfo(torch.float64).eps * largest
+        in_range = values > num_tasks * given.rounding * largest
         rank = in_range.sum(-1, keepdim=True)
         smallest = torch.where(in_range, values, torch.inf).amin(-1, keepdim=True)
         if self.scale_mode == "min":

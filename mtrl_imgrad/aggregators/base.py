@@ -26,6 +26,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+# Sums of products in float32 are off by up to this many times its resolution, for some 10^5 of them on a CPU.
+FLOAT32_SUMS = 64
 # A task whose gradient norm is below this fraction of the root mean square norm counts as having no gradient.
 ZERO_NORM = 1e-12
 
@@ -59,6 +61,10 @@ class Given:
 
     state: State = field(default_factory=dict)
     """What the last call left in `Aggregation.state`, or `initial_state`."""
+
+    rounding: float = torch.finfo(torch.float64).eps
+    """How well M is known: M_ij to about this times ||g_i|| ||g_j||. What M says of directions shorter than that is
+    noise."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +108,8 @@ class Aggregator(ABC):
 
     critic_only: ClassVar[bool] = False
     """Whether training applies the rule to the critics alone, and the mean to the actor: rules that take a loss for a
-    distance from zero, which an actor's loss is not. A task with a negative loss gets the weight NaN."""
+    distance from zero, which an actor's loss is not. A task whose loss is negative or not finite gets the weight
+    NaN."""
 
     sees_new_losses: ClassVar[bool] = False
     """Whether `after_step` wants the losses on the same batch after the step."""
@@ -133,6 +140,20 @@ class Aggregator(ABC):
         """The state after the step, given the losses before and after it on the same batch; see `sees_new_losses`."""
         return state
 
+    def check_shapes(self, gramian: Tensor, losses: Tensor | None, jacobian: Tensor | None) -> None:
+        """Raises the ValueErrors of `aggregate`."""
+        if gramian.ndim < 2 or gramian.shape[-1] != gramian.shape[-2] or gramian.shape[-1] == 0:
+            raise ValueError(f"gramian: got shape {tuple(gramian.shape)}, need [..., tasks, tasks] with tasks >= 1")
+        if gramian.is_complex():
+            raise ValueError(f"gramian: got dtype {gramian.dtype}, need a real dtype")
+        name, tasks = type(self).__name__, gramian.shape[:-1]
+        if self.needs == "losses" if losses is None else losses.shape != tasks:
+            shape = None if losses is None else tuple(losses.shape)
+            raise ValueError(f"losses: got {shape}, {name} needs one per task")
+        if self.needs == "jacobian" and (jacobian is None or jacobian.shape[:-1] != tasks or not jacobian.numel()):
+            shape = None if jacobian is None else tuple(jacobian.shape)
+            raise ValueError(f"jacobian: got {shape}, {name} needs [tasks, parameters] and one Gramian")
+
     @torch.no_grad()
     def aggregate(
         self,
@@ -141,6 +162,7 @@ class Aggregator(ABC):
         losses: Float[Tensor, "*batch tasks"] | None = None,
         jacobian: Float[Tensor, "tasks parameters"] | None = None,
         state: Mapping[str, Tensor] | None = None,
+        rounding: float | None = None,
     ) -> Aggregation:
         """Weights for one Gramian or a batch of them; a pure function, which raises for wrong shapes alone.
 
@@ -154,22 +176,14 @@ class Aggregator(ABC):
             losses: the tasks' losses.
             jacobian: J, where the rule needs it.
             state: from the last call's `Aggregation.state`; None means `initial_state`.
+            rounding: how well M is known, see `Given.rounding`; None takes it from M's dtype, so a float64 M is then
+                taken to be exact to float64.
 
         Raises:
-            ValueError: the last two dimensions are not equal and positive, the dtype is complex, or something that the
-                rule needs is missing.
+            ValueError: the last two dimensions are not equal and positive, the dtype is complex, there is not one loss
+                per task, or something that the rule needs is missing.
         """
-        if gramian.ndim < 2 or gramian.shape[-1] != gramian.shape[-2] or gramian.shape[-1] == 0:
-            raise ValueError(f"gramian: got shape {tuple(gramian.shape)}, need [..., tasks, tasks] with tasks >= 1")
-        if gramian.is_complex():
-            raise ValueError(f"gramian: got dtype {gramian.dtype}, need a real dtype")
-        name = type(self).__name__
-        if self.needs == "losses" and (losses is None or losses.shape != gramian.shape[:-1]):
-            shape = None if losses is None else tuple(losses.shape)
-            raise ValueError(f"losses: got {shape}, {name} needs one per task")
-        if self.needs == "jacobian" and (jacobian is None or jacobian.shape[:1] != gramian.shape[:-1]):
-            shape = None if jacobian is None else tuple(jacobian.shape)
-            raise ValueError(f"jacobian: got {shape}, {name} needs [tasks, parameters] and one Gramian")
+        self.check_shapes(gramian, losses, jacobian)
         if state is None:
             parameters = 0 if jacobian is None else jacobian.shape[-1]
             initial = self.initial_state(tuple(gramian.shape[:-1]), parameters)
@@ -200,13 +214,15 @@ class Aggregator(ABC):
             None if losses is None else losses.detach().to(torch.float64),
             None if jacobian is None else jacobian.detach(),
             dict(state),
+            rounding_error(gramian.dtype) if rounding is None else rounding,
         )
         result = self.solve(given)
 
         weights, own, direction = result.weights, result.own_weights, result.direction
         weights = torch.where(active, weights, outside.unsqueeze(-1))
         if self.critic_only and given.losses is not None:
-            weights = torch.where(given.losses < 0, torch.nan, weights)  # the caller sees whose loss it was
+            usable_loss = (given.losses >= 0) & (given.losses < torch.inf)
+            weights = torch.where(usable_loss, weights, torch.nan)  # the caller sees whose loss it was
         # A task without a gradient of the shared parameters may have one of its own.
         if own is not None:
             own = torch.where(outside.unsqueeze(-1).isnan(), torch.nan, own)
@@ -231,17 +247,28 @@ class Aggregator(ABC):
         from torch's default generator, and a loss that the rule cannot take is told.
 
         Raises:
-            ValueError: see `aggregate`; or a loss is negative, for a rule with `critic_only`.
+            ValueError: see `aggregate`; the state is that of other shapes; or a loss is negative, for a rule with
+                `critic_only`.
         """
+        self.check_shapes(gramian, losses, jacobian)
+        parameters = 0 if jacobian is None else jacobian.shape[-1]
         if noise is None:
-            noise = self.draw_noise(gramian.shape[-1], parameters=0 if jacobian is None else jacobian.shape[-1])
+            noise = self.draw_noise(gramian.shape[-1], parameters=parameters)
             noise = None if noise is None else noise.to(gramian.device)
         if self.critic_only and losses is not None and bool((losses < 0).any()):
             worst = int(losses.reshape(-1, losses.shape[-1]).amin(0).argmin())
             raise ValueError(
                 f"losses: {type(self).__name__} needs losses >= 0, that of task {worst} is {float(losses.min()):.6g}"
             )
-        result = self.aggregate(gramian, noise, losses, jacobian, vars(self).get("_state"))
+        state = vars(self).get("_state")
+        if state is not None:
+            with torch.device("meta"):  # for the shapes alone: J's may be large
+                initial = self.initial_state(tuple(gramian.shape[:-1]), parameters)
+            shapes, needed = ({key: tuple(value.shape) for key, value in each.items()} for each in (state, initial))
+            if shapes != needed:
+                raise ValueError(f"state: got {shapes}, need {needed}; `reset` forgets the earlier calls")
+            state = {key: value.to(gramian.device) for key, value in state.items()}
+        result = self.aggregate(gramian, noise, losses, jacobian, state)
         if result.state and all(bool(x.isfinite().all()) for x in (result.weights, *result.state.values())):
             object.__setattr__(self, "_state", result.state)  # the object is frozen as to its hyper-parameters
         return result
@@ -251,7 +278,7 @@ class Aggregator(ABC):
         return {name: value.clone() for name, value in vars(self).get("_state", {}).items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Go on where the object went that `state_dict` was called on, bit for bit.
+        """Go on where the object went that `state_dict` was called on, bit for bit. The next call checks the shapes.
 
         Raises:
             ValueError: the names are not those of this rule's state.
@@ -266,6 +293,18 @@ class Aggregator(ABC):
     def reset(self) -> None:
         """Forget the state."""
         vars(self).pop("_state", None)
+
+
+def device_of(generator: torch.Generator | None) -> torch.device | None:
+    """Where a generator draws; None for torch's default."""
+    return None if generator is None else generator.device
+
+
+def rounding_error(dtype: torch.dtype) -> float:
+    """The relative error of inner products that come in this dtype; integers are exact but for what becomes of them."""
+    if dtype == torch.float64 or not dtype.is_floating_point:
+        return torch.finfo(torch.float64).eps
+    return max(torch.finfo(dtype).eps, FLOAT32_SUMS * torch.finfo(torch.float32).eps)
 
 
 def check_choice(name: str, given: object, allowed: tuple[object, ...]) -> None:

@@ -40,8 +40,9 @@ class CAGrad(Aggregator):
     Differences: the published RL code minimises by 20 steps of softmax SGD with 1e-4 added to the norms, the
     supervised code by SLSQP with an absolute tolerance; this is the exact minimiser at every gradient scale.
 
-    RL values in the published command lines: MT10 c = 0.9, MT50 c = 0.5 (both with the 'fast' sub-sampling, absent
-    here). No state. Cost: one solve. Where gw = 0 see `SimplexSolution.unit`. Diagnostics: `gap`.
+    RL values in the published command lines: MT10 c = 0.9, MT50 c = 0.5 (both with the 'fast' sub-sampling, which is
+    `CAGradFast`); the default c = 0.4 is our choice. No state. Cost: one solve. Where gw = 0 see
+    `SimplexSolution.unit`. Diagnostics: `gap`, `relative_gap`.
 
     Identities: c = 0 gives g0; before rescaling ||d - g0|| = c ||g0|| and min_i <g_i, d> equals the dual optimum;
     c < 1 gives <g0, d> > 0; the direction tends to MGDA's as c grows.
@@ -67,6 +68,14 @@ class CAGrad(Aggregator):
         gramian, active = given.gramian, given.active
         products, mean_norm = mean_gradient(gramian)
         radius = self.c * mean_norm
-        solution = minimise_on_simplex(gramian, products, radius, torch.zeros_like(radius), active, solver=self.solver)
+        solution = minimise_on_simplex(
+            gramian,
+            products,
+            radius,
+            torch.zeros_like(radius),
+            active,
+            solver=self.solver,
+            rounding=given.rounding,
+        )
         weights = 1.0 / gramian.shape[-1] + radius[..., None] * solution.unit
-        return Aggregation(weights * rescale_factor(self.c, self.rescale), {"gap": solution.gap})
+        return Aggregation(weights * rescale_factor(self.c, self.rescale), solution.gaps)

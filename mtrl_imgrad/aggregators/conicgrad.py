@@ -15,15 +15,15 @@ from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, State, 
 from mtrl_imgrad.aggregators.cagrad import mean_gradient
 from mtrl_imgrad.aggregators.mgda import minimum_norm_point
 from mtrl_imgrad.aggregators.solvers import ROUTES, Route, minimise_on_simplex, takes_host
-from mtrl_imgrad.aggregators.solvers.active_set import NEAR_ZERO
+from mtrl_imgrad.aggregators.solvers.active_set import near_zero
+from mtrl_imgrad.aggregators.weight_optimiser import adam, initial_adam
 
 Mode = Literal["exact", "single_loop"]
 MODES: tuple[Mode, ...] = ("exact", "single_loop")
 Infeasible = Literal["boundary", "mean", "zero"]
 INFEASIBLE: tuple[Infeasible, ...] = ("boundary", "mean", "zero")
-# Below this fraction of the mean squared task norm ||g0||^2 is rounding error: the cone has no axis and d = g0.
-NO_AXIS = 1e-15
-ADAM_BETAS, ADAM_EPS = (0.9, 0.999), 1e-8  # torch's defaults; eps is next to gradients of mean squared norm 1
+# Up to this many rounding errors of M, ||g0||^2 is nothing but these: the cone has no axis and d = g0.
+NO_AXIS = 5
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class ConicGrad(Aggregator):
     gradients of mean squared norm 1, so the scale of the gradients does not matter. What the paper does may differ.
 
     Values of c, lr and gamma for MT10 and MT50: unknown; lr and gamma are those of FAMO's MT10 command, whose weights
-    follow the same kind of step. State: none in `exact`; `logits`, `first_moment`, `second_moment` [K], `steps` in
-    `single_loop`. Cost: two solves, or O(K^2). Diagnostics: `cos_theta`, `gap`; none in `single_loop`.
+    follow the same kind of step. State: none in `exact`; `logits` [K] and their Adam in `single_loop`. Cost: two
+    solves, or O(K^2). Diagnostics: `cos_theta`, `gap`, `relative_gap`; none in `single_loop`.
 
     Identities: ||d|| = ||g0|| and, in `exact`, cos(d, g0) = max(c, cos_theta); c = 1 gives g0; c <= cos_theta gives
     MGDA's direction; K identical gradients g give g. In `single_loop` cos(d, g0) >= c wherever ||d|| = ||g0||.
@@ -65,7 +65,8 @@ class ConicGrad(Aggregator):
     """If no direction in the cone descends for all tasks: the best on its surface, the mean gradient, or zero."""
 
     mode: Mode = "exact"
-    """Solve for the task weights at every step, or move them by one gradient step a call."""
+    """Solve for the task weights at every step (fields c, on_infeasible, solver), or move them by one gradient step a
+    call (c, on_infeasible, lr, gamma)."""
 
     lr: float = 0.025
     """Adam's learning rate of the logits in single_loop (> 0)."""
@@ -74,7 +75,8 @@ class ConicGrad(Aggregator):
     """Decay of the logits in single_loop, added to their gradient (>= 0)."""
 
     solver: Route = "auto"
-    """Where the K x K problem is solved: host (numpy), device (torch, no host copy), or auto (host for CPU tensors)."""
+    """Where the K x K problem of exact is solved: host (numpy), device (torch, no host copy), or auto (host for CPU
+    tensors)."""
 
     def __post_init__(self) -> None:
         check_range("ConicGrad.c", self.c, 0.0, 1.0)
@@ -87,8 +89,7 @@ class ConicGrad(Aggregator):
     def initial_state(self, shape: tuple[int, ...], parameters: int) -> State:
         if self.mode == "exact":
             return {}
-        state = {name: torch.zeros(shape, dtype=torch.float64) for name in ("logits", "first_moment", "second_moment")}
-        return state | {"steps": torch.zeros(shape[:-1], dtype=torch.float64)}
+        return initial_adam("logits", shape)
 
     def solve(self, given: Given) -> Aggregation:
         return self.solve_exactly(given) if self.mode == "exact" else self.take_one_step(given)
@@ -102,8 +103,9 @@ class ConicGrad(Aggregator):
         products, mean_norm = mean_gradient(gramian)
         image = (gramian @ tasks[..., None]).squeeze(-1)
         squared_norm = (tasks * image).sum(-1)
-        has_axis = mean_norm**2 > NO_AXIS
-        has_direction = squared_norm > NEAR_ZERO * (tasks * gramian.diagonal(dim1=-2, dim2=-1)).sum(-1)
+        has_axis = mean_norm**2 > NO_AXIS * given.rounding
+        zero = near_zero(given.rounding)
+        has_direction = squared_norm > zero * (tasks * gramian.diagonal(dim1=-2, dim2=-1)).sum(-1)
         length = torch.where(has_direction, squared_norm, 1.0).sqrt()
         axis_norm = torch.where(has_axis, mean_norm, 1.0)
         along = (tasks * products).sum(-1) / axis_norm  # <gw, u>
@@ -112,7 +114,7 @@ class ConicGrad(Aggregator):
         # P gw = gw - <gw, u> u has these row weights; its norm comes from its own Gramian form, not a difference.
         projected = tasks - (along / axis_norm / num_tasks)[..., None]
         squared_across = (projected * (gramian @ projected[..., None]).squeeze(-1)).sum(-1)
-        sideways = squared_across > NEAR_ZERO * squared_norm
+        sideways = squared_across > zero * squared_norm
         across = torch.where(sideways, squared_across, 1.0).sqrt()
         boundary = self.c / num_tasks + sine * (mean_norm / across)[..., None] * projected
         mean = torch.full_like(tasks, 1.0 / num_tasks)
@@ -126,24 +128,18 @@ class ConicGrad(Aggregator):
 
         progress = (gramian @ weights[..., None]).squeeze(-1)  # <g_i, d>
         slope = tasks * (progress - (tasks * progress).sum(-1, keepdim=True)) + self.gamma * logits
-        (first_beta, second_beta), steps = ADAM_BETAS, state["steps"] + 1.0
-        first = state["first_moment"] * first_beta + (1.0 - first_beta) * slope
-        second = state["second_moment"] * second_beta + (1.0 - second_beta) * slope**2
-        first_share, second_share = ((1.0 - beta**steps)[..., None] for beta in ADAM_BETAS)
-        moved = logits - self.lr * (first / first_share) / ((second / second_share).sqrt() + ADAM_EPS)
-        new = {"logits": moved, "first_moment": first, "second_moment": second}
-        return Aggregation(
-            weights, state={name: torch.where(active, new[name], state[name]) for name in new} | {"steps": steps}
-        )
+        new = adam(state, "logits", slope, self.lr)
+        kept = {name: torch.where(active, new[name], state[name]) for name in ("logits", "adam_m", "adam_v")}
+        return Aggregation(weights, state=new | kept)
 
     def solve_exactly(self, given: Given) -> Aggregation:
         """The best worst case in the cone."""
         gramian, active = given.gramian, given.active
         num_tasks = gramian.shape[-1]
         sine = math.sqrt(1.0 - self.c**2)
-        shortest, shortest_squared_norm, cosine = minimum_norm_point(gramian, active, self.solver)
+        shortest, shortest_squared_norm, cosine = minimum_norm_point(given, self.solver)
         products, mean_norm = mean_gradient(gramian)
-        has_axis = mean_norm**2 > NO_AXIS
+        has_axis = mean_norm**2 > NO_AXIS * given.rounding
         axis_norm = torch.where(has_axis, mean_norm, 1.0)
         along = torch.where(has_axis[..., None], products / axis_norm[..., None], 0.0)  # <g_i, u>
         across = gramian - along[..., :, None] * along[..., None, :]  # the Gramian of the rows P g_i
@@ -155,7 +151,7 @@ class ConicGrad(Aggregator):
         # Where the cone is slack its answer is not used and J^T w may vanish: an easier problem takes its place.
         slack = (shortest_squared_norm > 0) & (cosine >= self.c)
         if takes_host(gramian, self.solver) and bool((slack & has_axis).all()):
-            return Aggregation(inside, {"cos_theta": cosine, "gap": shortest.gap})
+            return Aggregation(inside, {"cos_theta": cosine, **shortest.gaps})
         surface = minimise_on_simplex(
             torch.where(slack[..., None, None], gramian, across),
             torch.where(slack[..., None], 0.0, self.c * along),
@@ -164,12 +160,13 @@ class ConicGrad(Aggregator):
             active,
             row_norms=gramian.diagonal(dim1=-2, dim2=-1),
             solver=self.solver,
+            rounding=given.rounding * (1.0 + 1.0 / axis_norm) ** 2,  # of M and of the two factors that were taken off
         )
         unit_along = (surface.unit * along).sum(-1, keepdim=True)
         projected = mean_norm[..., None] * surface.unit - unit_along / num_tasks
         boundary = self.c / num_tasks + sine * projected
         squared_norm = (boundary * (gramian @ boundary[..., None]).squeeze(-1)).sum(-1)
-        stretch = mean_norm / torch.where(squared_norm > NO_AXIS * mean_norm**2, squared_norm, mean_norm**2).sqrt()
+        stretch = mean_norm / torch.where(squared_norm > 1e-15 * mean_norm**2, squared_norm, mean_norm**2).sqrt()
         boundary = boundary * torch.where(has_axis, stretch, 1.0)[..., None]
         mean = torch.full_like(boundary, 1.0 / num_tasks)
         fallback = {"boundary": boundary, "mean": mean, "zero": torch.zeros_like(boundary)}[self.on_infeasible]
@@ -178,5 +175,6 @@ class ConicGrad(Aggregator):
         feasible = (value > 0) & (surface.unit > 0).any(-1)
         weights = torch.where(slack[..., None], inside, torch.where(feasible[..., None], boundary, fallback))
         weights = torch.where(has_axis[..., None], weights, mean)
-        gap = torch.where(slack, shortest.gap, torch.maximum(shortest.gap, surface.gap))
-        return Aggregation(weights, {"cos_theta": cosine, "gap": gap})
+        larger = shortest.larger_gaps(surface)
+        gaps = {name: torch.where(slack, gap, larger[name]) for name, gap in shortest.gaps.items()}
+        return Aggregation(weights, {"cos_theta": cosine, **gaps})

@@ -16,7 +16,7 @@ class FairGrad(Aggregator):
 
     alpha = 1 is Nash-MTL; as alpha grows the <g_i, d> become equal. w is the minimiser of a strictly convex function,
     found by Newton (`solvers.alpha_fair`) to a residual |(Mw)_i w_i^(1/alpha) - 1| of 1e-9 or less for norm ratios of
-    1e4; for ratios of 1e6 the residual, not the direction, grows to 1e-8 (alpha = 2), and alpha > 3 may not converge.
+    1e4, 1e-7 for 1e6; nearly opposed gradients have that of `NashMTL`.
 
     Differences: the supervised code minimises the squared residual by scipy, which stops early at small scales; the RL
     code takes 20 steps of clipped SGD and ends at 1e-4 of the right length for gradients of length 1e-3, or at a cosine
@@ -26,7 +26,7 @@ class FairGrad(Aggregator):
     `norm` offers the length of the mean gradient instead, the default. RL values in the published commands: MT10
     alpha = 2; MT50 alpha = 2 too, in a command that is commented out.
 
-    No state. Cost: 16 Cholesky factorisations and 8 for every doubling of alpha. Diagnostics: `residual`.
+    No state. Cost: 16 Cholesky factorisations and 8 log2(alpha)^2. Diagnostics: `residual`.
 
     Identities: norm "own": K = 1 gives ||d|| = ||g||^((1 - alpha) / (1 + alpha)) and ||d||^2 = sum_i w_i^(1 - 1/alpha);
     norm "mean": ||d|| = ||g0||, degree 1, and K identical gradients g give g.
@@ -45,7 +45,7 @@ class FairGrad(Aggregator):
         check_choice("FairGrad.norm", self.norm, NORMS)
 
     def solve(self, given: Given) -> Aggregation:
-        solution = solve_alpha_fair(given.gramian, given.active, self.alpha)
+        solution = solve_alpha_fair(given.gramian, given.active, self.alpha, given.rounding)
         if self.norm == "mean":
             weights = at_length_of_mean(given.gramian, solution.weights)
         else:

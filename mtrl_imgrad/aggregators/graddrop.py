@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, Needs, check_range
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, Needs, check_range, device_of
 
 
 @dataclass(frozen=True)
@@ -45,8 +45,7 @@ class GradDrop(Aggregator):
         self, num_tasks: int, generator: torch.Generator | None = None, parameters: int = 0
     ) -> Float[Tensor, " parameters"]:
         """Uniform numbers on the generator's device, one per parameter."""
-        device = None if generator is None else generator.device
-        return torch.rand(parameters, generator=generator, device=device)
+        return torch.rand(parameters, generator=generator, device=device_of(generator))
 
     def solve(self, given: Given) -> Aggregation:
         jacobian, noise = given.jacobian, given.noise

@@ -63,7 +63,7 @@ class GradVac(Aggregator):
 
         def vaccinate(meeting: Meeting) -> Tensor:
             nonlocal new
-            length, partner_length = current_norms(meeting, lengths), meeting.partner_norm.sqrt()
+            length, partner_length = current_norms(meeting, lengths, given.rounding), meeting.partner_norm.sqrt()
             there = length > 0
             cosine = torch.where(there, meeting.product / torch.where(there, length * partner_length, 1.0), 0.0)
             cosine = cosine.clamp(-1.0, 1.0)

@@ -8,7 +8,7 @@ from typing import ClassVar
 import torch
 
 from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given
-from mtrl_imgrad.aggregators.solvers.active_set import NEAR_ZERO
+from mtrl_imgrad.aggregators.solvers.active_set import near_zero
 from mtrl_imgrad.aggregators.solvers.correlations import correlations
 
 # Normalised weights that cancel in their sum to this fraction have no affine combination of finite length.
@@ -25,14 +25,15 @@ class IMTLG(Aggregator):
 
     Differences: the published code inverts D U' (it fails where rows are dependent), TorchJD takes a pseudo-inverse and
     returns rounding noise of any size where y vanishes. Here C carries a ridge of 1e-13, and duplicate gradients share
-    a weight. If the affine hull of the unit gradients contains 0 (squared distance <= 1e-10; in general so for more
-    tasks than dimensions) no direction but 0 has equal projections: d = 0. So too where the weights cancel in their
-    sum. The paper's IMTL-L is not part of it.
+    a weight. If the affine hull of the unit gradients contains 0 (squared distance <= 1e-10, more for a Gramian that is
+    known less well; in general so for more tasks than dimensions) no direction but 0 has equal projections: d = 0. So
+    too where the weights cancel in their sum. The paper's IMTL-L is not part of it.
 
     Weights may be negative, and if sum_i y_i / ||g_i|| is, then d is uphill for every task alike: a property of the
     method, visible in the diagnostic `projection` (the common <d, g_i / ||g_i||> over the root mean square norm).
 
-    Hyper-parameters: none. No state. Cost: one Cholesky factorisation. Diagnostics: `projection`.
+    Hyper-parameters: none. Values for MT10 and MT50: none. No state. Cost: one Cholesky factorisation. Diagnostics:
+    `projection`.
 
     Identities: homogeneous of degree 1; scaling single gradients by positive numbers keeps the direction up to its
     sign; K identical gradients g give g.
@@ -49,7 +50,7 @@ class IMTLG(Aggregator):
         closeness = unit.sum(-1, keepdim=True)  # 1 / the squared distance of 0 from the affine hull
         defined = (
             (closeness > 0)
-            & (closeness * NEAR_ZERO < 1)
+            & (closeness * near_zero(given.rounding + cosines.ridge)[..., None] < 1)
             & (total.abs() > CANCELLED * weights.abs().sum(-1, keepdim=True))
         )
         weights = torch.where(defined, weights / torch.where(defined, total, 1.0), 0.0)

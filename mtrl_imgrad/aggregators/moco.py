@@ -11,9 +11,9 @@ from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, Needs, 
 from mtrl_imgrad.aggregators.solvers.projection import project_onto_simplex
 
 Projection = Literal["simplex", "softmax"]
-Normalization = Literal["gramian", "loss", "none"]
+Normalization = Literal["gramian", "none"]
 PROJECTIONS: tuple[Projection, ...] = ("simplex", "softmax")
-NORMALIZATIONS: tuple[Normalization, ...] = ("gramian", "loss", "none")
+NORMALIZATIONS: tuple[Normalization, ...] = ("gramian", "none")
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,19 @@ class MoCo(Aggregator):
 
     Options: the paper projects onto the simplex; LibMTL's code, by the authors, takes a softmax instead, which draws w,
     already on the simplex, towards 1/K (`projection`). `normalization` decides what gamma is relative to: `gramian`
-    divides Y Y^T by its mean diagonal, so that the scale of the gradients does not matter; `none` is the paper's; in
-    `loss`, LibMTL's, H has rows L_i g_i / ||g_i||.
+    divides Y Y^T by its mean diagonal, so that the scale of the gradients does not matter; `none` is the paper's.
+
+    Left out: in LibMTL's code H has rows L_i g_i / ||g_i||. The paper has no such factor, and an actor's loss may be
+    negative, where it would lead uphill.
 
     A task without gradient in a call has weight 0 in it; as a row of zeros it would draw all the weight.
 
     Values for RL are unknown; the defaults are LibMTL's beta = .5 / t^.5, gamma = .1 / t^.5, rho = 0. State: Y [K, P],
-    w, t. Needs J, and for `loss` the losses. Cost O(K^2 P). The logged weights are w.
+    w, t. Needs J. Cost O(K^2 P). The logged weights are w.
 
     Identities: beta = 1, beta_decay = 0 gives Y = H, then gamma = 0 gives the mean and K identical gradients g give g;
-    homogeneous of degree 1 for `gramian` (`none`: if gamma and rho are rescaled, `loss`: of degree 0); w lies on the
-    simplex. As Y starts at 0, the first directions are short.
+    homogeneous of degree 1 for `gramian` (`none`: if gamma and rho are rescaled); w lies on the simplex. As Y starts at
+    0, the first directions are short.
     """
 
     needs: ClassVar[Needs] = "jacobian"
@@ -60,8 +62,7 @@ class MoCo(Aggregator):
     """How the weights return to the simplex: nearest point (paper) or softmax (LibMTL)."""
 
     normalization: Normalization = "gramian"
-    """What the gradients are divided by: gramian, their mean square norm in the step of the weights; loss, their norms,
-    times the losses; none."""
+    """What the gradients are divided by in the step of the weights: gramian, their root mean square norm; none."""
 
     def __post_init__(self) -> None:
         check_range("MoCo.beta", self.beta, 0.0, 1.0)
@@ -83,12 +84,6 @@ class MoCo(Aggregator):
         rows = given.jacobian
         assert rows is not None
         calls, weights = given.state["calls"] + 1, given.state["weights"]
-        if self.normalization == "loss":
-            if given.losses is None:
-                raise ValueError("losses: MoCo with normalization='loss' needs one per task")
-            norms = given.gramian.diagonal().sqrt() * given.scale.sqrt()
-            factors = torch.where(given.active, given.losses / torch.where(given.active, norms, 1.0), 0.0)
-            rows = rows * factors.to(rows.dtype)[:, None]
         tracked = given.state["tracked"].to(rows.dtype)
         tracked = tracked + (self.beta / calls**self.beta_decay).to(rows.dtype) * (rows - tracked)
         products = (tracked @ tracked.mT).double()

@@ -38,7 +38,8 @@ class NashMTL(Aggregator):
     """M a = 1 / a with a > 0, d = J^T a: the maximiser of sum_i log <g_i, d> over a ball (Eq. 2 and 3 of the paper).
 
     a is the minimiser of the strictly convex a'Ma / 2 - sum_i log a_i, found by Newton (`solvers.alpha_fair`) to a
-    residual |a_i (Ma)_i - 1| of 1e-11 for norm ratios of 1e6 and more.
+    residual |a_i (Ma)_i - 1| of about 1e-16 over the smallest eigenvalue of the cosines between the gradients, whatever
+    their norms: 1e-11 for two at a cosine of -1 + 1e-5, 1e-6 for two at -1 + 1e-10.
 
     Differences: the published code approximates a by up to 20 convex programs from ECOS, started at the last a; it
     fails for K = 1, for a task without gradient (left out here) and for norm ratios of 1e4, where its residual was 1e3.
@@ -80,7 +81,7 @@ class NashMTL(Aggregator):
 
     def solve(self, given: Given) -> Aggregation:
         gramian, root = given.gramian, given.scale.sqrt()
-        solution = solve_alpha_fair(gramian, given.active, 1.0)
+        solution = solve_alpha_fair(gramian, given.active, 1.0, given.rounding)
         weights, state = solution.weights / root[..., None], {}
         if self.update_weights_every > 1:
             step = given.state["step"]

@@ -22,7 +22,8 @@ class PCGrad(Aggregator):
 
     Differences: the paper and its TensorFlow code sum, mtrl's code takes the mean; this is the mean. mtrl adds 1e-8 to
     the partners' norms; here tasks without gradient are skipped instead. Everything is done on the coefficients of
-    p_i = sum_j C_ij g_j, so only M is needed: K vectorised steps, O(K^3). No hyper-parameters, no state.
+    p_i = sum_j C_ij g_j, so only M is needed: K vectorised steps, O(K^3). No hyper-parameters (none for MT10 and MT50),
+    no state.
 
     Identities: no conflict gives the mean; K = 2 with g12 < 0 gives weights (1 - g12/g11, 1 - g12/g22) / 2; opposed
     equal gradients give 0; permuting the tasks and `noise` together permutes the weights.

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, device_of
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,7 @@ class RLW(Aggregator):
         self, num_tasks: int, generator: torch.Generator | None = None, parameters: int = 0
     ) -> Float[Tensor, " tasks"]:
         """Standard normal numbers on the generator's device, one per task."""
-        device = None if generator is None else generator.device
-        return torch.randn(num_tasks, generator=generator, dtype=torch.float64, device=device)
+        return torch.randn(num_tasks, generator=generator, dtype=torch.float64, device=device_of(generator))
 
     def solve(self, given: Given) -> Aggregation:
         num_tasks, noise = given.gramian.shape[-1], given.noise

@@ -1,4 +1,4 @@
-"""SDMGrad and SDMGrad-OS: MGDA regularised towards the mean gradient (Xiao, Ban and Ji 2023)."""
+"""SDMGrad: MGDA regularised towards the mean gradient; SDMGrad-OS: of a random sample of tasks (Xiao et al. 2023)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, check_choice, check_range
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, check_choice, check_range, device_of
 from mtrl_imgrad.aggregators.solvers import ROUTES, Route, minimise_on_simplex
 
 # Samples drawn at once, of which the first that is not empty counts. With n >= 1 expected tasks a sample is empty with
@@ -40,7 +40,7 @@ def regularised_shortest(
     linear, quadratic = lam / (1.0 + lam) * products, zero + 1.0 / (1.0 + lam)
     solution = minimise_on_simplex(gramian, linear, zero, quadratic, active, solver=solver)
     weights = solution.weights / (1.0 + lam) + lam / (1.0 + lam) * reference
-    return Aggregation(weights, {"gap": solution.gap})
+    return Aggregation(weights, solution.gaps)
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class SDMGrad(Aggregator):
     of mean diagonal 1 and, keeping its best iterate, mostly returns the mean. This is the exact minimiser for the
     batch at hand, so there is no state. The supervised code multiplies by K; this is the mean scale.
 
-    Published command lines: lambda = 0.6 for MT10 and MT50. Cost: one solve. Diagnostics: `gap`.
+    Published command lines: lambda = 0.6 for MT10 and MT50. Cost: one solve. Diagnostics: `gap`, `relative_gap`.
 
     Identities: it is MGDA of the gradients g_i + lambda g0, over 1 + lambda, hence <d', g_i + lambda g0> >= ||d'||^2
     for d' = (1 + lambda) d. It is the shortest combination whose weights are all >= lambda / ((1 + lambda) K), so
@@ -90,7 +90,7 @@ class SDMGradOS(Aggregator):
     smallest number. Tasks without gradient may be drawn, and count in the mean over the sample as in every mean here.
 
     Published command lines: MT10 n = 4, MT50 n = 8, lambda = 0.6 for both. No state. Cost: one solve. Diagnostics:
-    `gap`, `sampled` (the number of tasks).
+    `gap`, `relative_gap`, `sampled` (the number of tasks).
 
     Identities: n >= K is SDMGrad; K identical gradients g give g, whatever the sample.
     """
@@ -115,8 +115,7 @@ class SDMGradOS(Aggregator):
         self, num_tasks: int, generator: torch.Generator | None = None, parameters: int = 0
     ) -> Float[Tensor, "attempts tasks"]:
         """Uniform numbers on the generator's device; a task is in the sample of a row if its number is below n / K."""
-        device = None if generator is None else generator.device
-        return torch.rand(ATTEMPTS, num_tasks, generator=generator, dtype=torch.float64, device=device)
+        return torch.rand(ATTEMPTS, num_tasks, generator=generator, dtype=torch.float64, device=device_of(generator))
 
     def solve(self, given: Given) -> Aggregation:
         gramian, active, noise = given.gramian, given.active, given.noise

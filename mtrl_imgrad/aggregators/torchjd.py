@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torchjd.aggregation import GramianWeightedAggregator, WeightedAggregator, Weighting
 from torchjd.linalg import Matrix, PSDMatrix
 
-from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, Needs
+from mtrl_imgrad.aggregators.base import Aggregation, Aggregator, Given, Needs, device_of
 
 PLAIN = (float, int, bool, str)
 DEFAULTS: dict[str, dict[str, Any]] = {
@@ -38,8 +38,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "Krum": {"n_byzantine": 1},
     "TrimmedMean": {"trim_number": 1},
 }
-"""Values of parameters that TorchJD asks for: CAGrad's of its paper's supervised runs, FairGrad's published MT10
-command, and one outlier for the robust rules."""
+"""Values of parameters that TorchJD asks for: CAGrad's is our rule's, our choice; FairGrad's of its published MT10
+command; and one outlier for the robust rules."""
+
+
+NUM_TASKS = "n_tasks"
+"""A parameter of NashMTL's that every call answers by itself."""
 
 
 class _HoldsRule(nn.Module):
@@ -105,6 +109,9 @@ class JacobianRule(_HoldsRule, torchjd.aggregation.Aggregator):
 def to_torchjd(rule: Aggregator) -> GramianRule | JacobianRule:
     """A copy of a rule, without its state, for `jac_to_grad` and whatever else takes a TorchJD aggregator.
 
+    AdaTask's direction is a step as Adam would take it, and is to be followed by plain SGD: under another Adam its
+    length would be lost.
+
     Raises:
         ValueError: the rule needs losses, which TorchJD does not hand on.
     """
@@ -112,7 +119,7 @@ def to_torchjd(rule: Aggregator) -> GramianRule | JacobianRule:
     own.reset()
     if rule.needs == "gramian":
         return GramianRule(own)
-    if rule.needs == "losses" or rule.critic_only or getattr(rule, "normalization", "") == "loss":
+    if rule.needs == "losses" or rule.critic_only:
         raise ValueError(f"rule: {rule!r} needs losses, and TorchJD hands on gradients alone")
     return JacobianRule(own)
 
@@ -134,8 +141,7 @@ class TorchJDRule(Aggregator):
 
     def draw_noise(self, num_tasks: int, generator: torch.Generator | None = None, parameters: int = 0) -> Tensor:
         """A seed."""
-        device = None if generator is None else generator.device
-        return torch.randint(2**62, (), generator=generator, device=device)
+        return torch.randint(2**62, (), generator=generator, device=device_of(generator))
 
     def solve(self, given: Given) -> Aggregation:
         jacobian, foreign = given.jacobian, self.foreign
@@ -174,6 +180,8 @@ class _Named(TorchJDRule):
 
     def __post_init__(self) -> None:
         values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}  # pyright: ignore[reportArgumentType]
+        if NUM_TASKS in inspect.signature(self.source.__init__).parameters:
+            values[NUM_TASKS] = 1
         name = f"torchjd:{type(self).__name__}"
         try:
             built = self.source(**values)
@@ -185,9 +193,14 @@ class _Named(TorchJDRule):
     def foreign(self) -> torchjd.aggregation.Aggregator:
         return vars(self)["_foreign"]
 
+    def solve(self, given: Given) -> Aggregation:
+        _set_num_tasks(self.foreign, given.gramian.shape[-1])
+        return super().solve(given)
+
 
 def from_torchjd(aggregator: torchjd.aggregation.Aggregator) -> TorchJDRule:
-    """A rule that does what this object of TorchJD's does, without what it remembers.
+    """A rule that does what this object of TorchJD's does, without what it remembers (a user's class: if it is
+    TorchJD's `Stateful`).
 
     Where plain parameters describe it, the rule is the one of `--aggregator torchjd:Name`, which a run writes down and
     reads back; else it wraps a copy, for use from Python.
@@ -198,12 +211,17 @@ def from_torchjd(aggregator: torchjd.aggregation.Aggregator) -> TorchJDRule:
             cls = named(name)
             values = {f.name: getattr(aggregator, f.name) for f in dataclasses.fields(cls)}  # pyright: ignore[reportArgumentType]
             rule = cls(**values)
+            _set_num_tasks(rule.foreign, getattr(aggregator, NUM_TASKS, 1))
         except (ValueError, AttributeError):
             pass  # a parameter that is no number or string
         else:
             if all(type(value) in PLAIN for value in values.values()) and repr(rule.foreign) == repr(aggregator):
                 return rule
-    return Wrapped(copy.deepcopy(aggregator))
+    own = copy.deepcopy(aggregator)
+    for part in own.modules():
+        if isinstance(part, torchjd.Stateful):
+            part.reset()
+    return Wrapped(own)
 
 
 @functools.cache
@@ -219,14 +237,16 @@ def named(name: str) -> type[TorchJDRule]:
     fields: list[tuple[str, Any, Any]] = []
     hints = typing.get_type_hints(source.__init__)
     for parameter in list(inspect.signature(source.__init__).parameters.values())[1:]:
+        if parameter.name == NUM_TASKS:
+            continue
         default = DEFAULTS.get(name, {}).get(parameter.name, parameter.default)
         kind = _plain_type(hints.get(parameter.name), default)
         if kind is not None:
             fields.append((parameter.name, kind, default))
         elif default is inspect.Parameter.empty:
             raise ValueError(
-                f"aggregator: 'torchjd:{name}' needs {parameter.name!r}, which has no default here; build it in Python "
-                "and use from_torchjd"
+                f"aggregator: 'torchjd:{name}' needs {parameter.name!r}, which no flag can give; build it in Python, "
+                "and use from_torchjd outside of runs"
             )
     namespace = {
         "source": source,
@@ -234,6 +254,12 @@ def named(name: str) -> type[TorchJDRule]:
         "__module__": __name__,
     }
     return dataclasses.make_dataclass(name, fields, bases=(_Named,), namespace=namespace, frozen=True)
+
+
+def _set_num_tasks(foreign: torchjd.aggregation.Aggregator, num_tasks: int) -> None:
+    if getattr(foreign, NUM_TASKS, num_tasks) != num_tasks:
+        setattr(foreign, NUM_TASKS, num_tasks)
+        typing.cast(torchjd.Stateful, foreign).reset()
 
 
 def names() -> list[str]:

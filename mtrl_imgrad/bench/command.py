@@ -36,8 +36,9 @@ class BenchOptions:
 
 @dataclasses.dataclass(frozen=True)
 class SolverBenchOptions:
-    """Measure what one call of each aggregator with a solver costs on one CPU thread, on both routes, beside clarabel
-    called directly, scipy's SLSQP and TorchJD's class, where these are installed. The options take turns."""
+    """Measure what one call of each aggregator that needs the Gramian alone costs on one CPU thread, solvers on both
+    routes, beside clarabel called directly, scipy's SLSQP and TorchJD's class, where these are installed. The options
+    take turns."""
 
     what: Annotated[Literal["solvers"], tyro.conf.Positional]
     """What to measure."""

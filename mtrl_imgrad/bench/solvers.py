@@ -4,7 +4,8 @@ The measurement runs in a process of its own, because the libraries read their n
 `python -m mtrl_imgrad.bench.solvers TASKS,... ROUNDS` prints every time as JSON. Times are CPU times of that process,
 over all its threads, so that other programs on the machine count less.
 
-* ours: the whole call from the Gramian to the weights, on each route.
+* ours: the whole call from the Gramian to the weights, for every rule that needs no more; where a rule has a solver, on
+  each of its routes.
 * clarabel: the interior-point solver called directly; the problem is built beforehand, handing over the Gramian's
   factor and solving is timed, as is reading off the weights.
 * slsqp: scipy's, on the Gramian divided by its mean diagonal, with the analytic gradient.
@@ -76,8 +77,8 @@ def random_gramian(family: str, num_tasks: int, seed: int) -> Array:
 
 
 def measured_rules() -> list[str]:
-    """Rules with a choice of routes, i.e. with a solver behind them."""
-    return [name for name, rule in AGGREGATORS.items() if any(f.name == "solver" for f in dataclasses.fields(rule))]  # pyright: ignore[reportArgumentType]
+    """Rules that need the Gramian alone."""
+    return [name for name, rule in AGGREGATORS.items() if rule.needs == "gramian"]
 
 
 def options(num_tasks: int) -> tuple[dict[tuple[str, str], Call], list[str]]:
@@ -97,8 +98,11 @@ def options(num_tasks: int) -> tuple[dict[tuple[str, str], Call], list[str]]:
     for name in measured_rules():
         rule: Any = AGGREGATORS[name]
         constants = {"cagrad": {"c": RADIUS}, "imgrad": {"c": RADIUS}, "conicgrad": {"c": CONE}}.get(name, {})
-        for route in ("host", "device"):
-            found[name, f"ours, {route}"] = _ours(rule(**constants, solver=route), num_tasks)
+        if any(field.name == "solver" for field in dataclasses.fields(rule)):
+            for route in ("host", "device"):
+                found[name, f"ours, {route}"] = _ours(rule(**constants, solver=route), num_tasks)
+        else:
+            found[name, "ours"] = _ours(rule(), num_tasks)
         if name in KERNEL_RULES:
             if clarabel:
                 found[name, "clarabel"] = _baseline(name, clarabel)

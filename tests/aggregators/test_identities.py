@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import math
 
@@ -11,7 +12,7 @@ from gradient_families import FAMILIES, ROUTES, RULES, SOLVED, direction, gradie
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mtrl_imgrad.aggregators import MGDA, CAGrad, CAGradFast, ConicGrad, IMGrad, Mean, PCGrad, SDMGradOS
+from mtrl_imgrad.aggregators import MGDA, CAGrad, ConicGrad, IMGrad, Mean, PCGrad
 
 # What K identical gradients g become: this constant times g.
 IDENTICAL = dict.fromkeys(RULES, 1.0) | dict.fromkeys(
@@ -21,12 +22,18 @@ everywhere = given(
     family=st.sampled_from(FAMILIES), num_tasks=st.integers(1, 8), seed=st.integers(0, 10_000), data=st.data()
 )
 few = settings(max_examples=15, derandomize=True)
-# Where 0 is in the hull some minimisers are ill-conditioned functions of M; 1e-5 of the gradients' size bounds that.
-TOLERANCE = 1e-5
+TOLERANCE = 1e-7
 
 
 def vector(*entries: float) -> torch.Tensor:
     return torch.tensor(entries, dtype=torch.float64)
+
+
+def assert_same(found: torch.Tensor, expected: torch.Tensor, family: str, jacobian: torch.Tensor) -> None:
+    """Relative to the direction's length, which is short where norms differ; `lowrank` has 0 in the hull, and there the
+    direction of a vanishing one is rounding error: relative to the gradients."""
+    size = jacobian.norm(dim=1).square().mean().sqrt() if family == "lowrank" else expected.norm()
+    assert (found - expected).norm() < TOLERANCE * size
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -38,8 +45,7 @@ def test_permuting_the_tasks_leaves_the_direction(name, family, num_tasks, seed,
     noise = noise_for(rule, num_tasks, seed)
     permuted_noise = permuted(rule, noise, order)
     expected = direction(rule, jacobian, noise)
-    size = jacobian.norm(dim=1).square().mean().sqrt()
-    assert (direction(rule, jacobian[order], permuted_noise) - expected).norm() < TOLERANCE * size
+    assert_same(direction(rule, jacobian[order], permuted_noise), expected, family, jacobian)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -50,8 +56,7 @@ def test_scaling_the_gradients_scales_the_direction(name, family, num_tasks, see
     scale = 10.0 ** data.draw(st.integers(-6, 6))
     noise = noise_for(rule, num_tasks, seed)
     expected = direction(rule, jacobian, noise)
-    size = jacobian.norm(dim=1).square().mean().sqrt()
-    assert (direction(rule, jacobian * scale, noise) / scale - expected).norm() < TOLERANCE * size
+    assert_same(direction(rule, jacobian * scale, noise) / scale, expected, family, jacobian)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 3, 10])
@@ -107,10 +112,24 @@ def test_a_task_without_gradient_changes_only_the_mean(name: str) -> None:
 def test_one_gradient_a_million_times_larger_is_handled(name: str) -> None:
     jacobian = gradients("shared", 5)
     jacobian[1] *= 1e6
-    result = RULES[name](jacobian @ jacobian.mT, noise_for(RULES[name], 5))
-    assert torch.isfinite(result.weights).all()
-    if name in SOLVED:
+    assert torch.isfinite(RULES[name](jacobian @ jacobian.mT, noise_for(RULES[name], 5)).weights).all()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("name", SOLVED)
+def test_one_gradient_a_million_times_larger_leaves_the_solution_certified(name: str, route: str) -> None:
+    """`gap` alone is blind here: the long gradient dominates what it is relative to."""
+    rule = dataclasses.replace(RULES[name], solver=route)
+    for family in ("shared", "gauss", "conflict"):
+        jacobian = gradients(family, 5)
+        jacobian[1] *= 1e6
+        result = rule(jacobian @ jacobian.mT, noise_for(rule, 5))
         assert result.diagnostics["gap"] < 1e-9
+        if name in ("upgrad", "dualproj"):  # these look at the gradients' cosines alone
+            found = result.weights @ jacobian
+            assert (jacobian @ found / jacobian.norm(dim=1) / found.norm()).min() > -1e-9
+        else:
+            assert result.diagnostics["relative_gap"] < 1e-8
 
 
 def test_mgda_has_the_obtuse_property() -> None:
@@ -255,24 +274,6 @@ def test_pcgrad_permutes_exactly_with_its_noise() -> None:
     gramian = jacobian @ jacobian.mT
     other = PCGrad()(gramian[order][:, order], noise[order][:, order]).weights
     torch.testing.assert_close(other, PCGrad()(gramian, noise).weights[order], rtol=1e-13, atol=1e-13)
-
-
-def test_any_two_rules_differ_where_tasks_conflict() -> None:
-    # A task conflicts with two others (with one, UPGrad is PCGrad) and with the mean (otherwise DualProj is the mean),
-    # and MGDA's point is not at a corner of the hull (there SDMGrad has it, too).
-    jacobian = torch.stack([vector(1.5, 0.2, 1.6), vector(0.3, -1.5, 0.4), vector(-0.3, 1.5, -0.3)])
-    # With n = 3 a sample is the whole; GradVac and ConicGrad's single loop start as PCGrad and the mean.
-    rules = dict(RULES) | {"cagrad-fast": CAGradFast(n=2), "sdmgrad-os": SDMGradOS(n=1)}
-    rules["conicgrad-single-loop"] = ConicGrad(mode="single_loop", lr=1.0)
-    directions = {}
-    for name, rule in rules.items():
-        if name[-6:] != "regime":
-            noise = noise_for(rule, 3, 2)
-            rule(jacobian @ jacobian.mT, noise)
-            directions[name] = rule(jacobian @ jacobian.mT, noise).weights @ jacobian
-    # IMGrad on Nash-MTL moves away from it only where norms differ much, see test_imgrad_nash.py.
-    for one, other in set(itertools.combinations(directions, 2)) - {("nashmtl", "imgrad-nash")}:
-        assert relative_error(directions[one], directions[other]) > 1e-3, (one, other)
 
 
 @pytest.mark.parametrize("rule", [CAGrad, IMGrad], ids=lambda rule: rule.__name__)

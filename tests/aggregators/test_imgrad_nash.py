@@ -7,7 +7,7 @@ import numpy as np
 import oracles
 import pytest
 import torch
-from gradient_families import FAMILIES, FULL_RANK, direction, gradients, relative_error
+from gradient_families import FAMILIES, FULL_RANK, ROUTES, direction, gradients, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -112,6 +112,35 @@ def test_it_is_nash_exactly_where_the_multipliers_stated_are_not_negative() -> N
         assert (relative_error(OWN(gramian).weights, nash) < 1e-15) == stays
         seen.add(stays)
     assert seen == {True, False}
+
+
+def test_both_routes_give_the_same_direction() -> None:
+    generator = torch.Generator().manual_seed(3)
+    conflict = torch.randn(40, 10, 47, generator=generator, dtype=torch.float64)
+    conflict = conflict - 0.95 * conflict.mean(1, keepdim=True)
+    conflict = conflict * 10.0 ** (4 * torch.rand(40, 10, 1, generator=generator, dtype=torch.float64) - 2)
+    cases = [conflict] + [
+        torch.stack([gradients(family, num_tasks, seed) for seed in range(8, 14)])
+        for family in FULL_RANK
+        for num_tasks in (2, 3, 10, 50)
+    ]
+    for jacobian in cases:
+        host, device = (IMGradNash(solver=route)(jacobian @ jacobian.mT) for route in ROUTES)
+        one, other = ((result.weights[:, None] @ jacobian).squeeze(1) for result in (host, device))
+        assert ((one - other).norm(dim=-1) < 1e-5 * one.norm(dim=-1)).all()
+        assert host.diagnostics["residual"].max() < 1e-7
+
+
+def test_nearly_opposed_gradients_get_nash_mtls_weights_and_a_residual_that_says_so() -> None:
+    seen = False
+    for seed in range(10):
+        jacobian = gradients("gauss", 3, seed)
+        jacobian[1] = -3 * jacobian[0] + 1e-4 * jacobian[1]
+        result = OWN(jacobian @ jacobian.mT)
+        if result.diagnostics["residual"] > 1e-6:
+            seen = True
+            assert relative_error(result.weights @ jacobian, direction(NashMTL(norm="own"), jacobian)) < 1e-9
+    assert seen
 
 
 @few

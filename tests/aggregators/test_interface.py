@@ -13,6 +13,7 @@ from gradient_families import RULES, SOLVED, gradients, noise_for
 
 from mtrl_imgrad.aggregators import (
     AGGREGATORS,
+    DWA,
     MGDA,
     Aggregation,
     Aggregator,
@@ -20,6 +21,7 @@ from mtrl_imgrad.aggregators import (
     CAGradFast,
     ConicGrad,
     Given,
+    GradNorm,
     GradVac,
     IMGrad,
     Mean,
@@ -27,6 +29,7 @@ from mtrl_imgrad.aggregators import (
     PCGrad,
     SDMGrad,
     SDMGradOS,
+    UncertaintyWeighting,
     base,
     resolve,
 )
@@ -122,6 +125,49 @@ def test_a_wrong_shape_is_refused_by_name(shape: tuple[int, ...]) -> None:
         Mean()(torch.zeros(shape))
 
 
+REMEMBERING = {
+    "conicgrad": ConicGrad(mode="single_loop"),
+    "gradvac": GradVac(),
+    "nashmtl": NashMTL(update_weights_every=2),
+    "uw": UncertaintyWeighting(),
+    "gradnorm": GradNorm(),
+    "dwa": DWA(),
+}
+
+
+@pytest.mark.parametrize("shape", [(4, 4), (2, 3, 3)], ids=str)
+@pytest.mark.parametrize("name", REMEMBERING)
+def test_a_state_of_another_shape_is_refused_by_name(name: str, shape: tuple[int, ...]) -> None:
+    rule = dataclasses.replace(REMEMBERING[name])
+    rule(torch.eye(3), losses=torch.ones(3))
+    other = torch.eye(shape[-1]).expand(shape)
+    with pytest.raises(ValueError, match=r"state: got \{.*\}, need \{.*\}; `reset` forgets"):
+        rule(other, losses=torch.ones(shape[:-1]))
+    fresh = dataclasses.replace(rule)
+    fresh.load_state_dict(rule.state_dict())
+    with pytest.raises(ValueError, match="state: got"):
+        fresh(other, losses=torch.ones(shape[:-1]))
+    rule.reset()
+    assert rule(other, losses=torch.ones(shape[:-1])).weights.shape == shape[:-1]
+
+
+@pytest.mark.parametrize("name", ["mean", "uw", "dwa", "gradnorm", "famo"])
+def test_losses_of_another_shape_are_refused_by_name(name: str) -> None:
+    for shape in ((), (1,), (4,), (1, 3)):
+        with pytest.raises(ValueError, match=r"losses: got \(.*\), \w+ needs one per task"):
+            AGGREGATORS[name]()(torch.eye(3), losses=torch.ones(shape))
+
+
+@pytest.mark.parametrize("loss", [torch.nan, torch.inf])
+@pytest.mark.parametrize("name", ["uw", "dwa", "gradnorm", "famo"])
+def test_a_loss_that_is_not_finite_is_told_by_its_weight_and_not_remembered(name: str, loss: float) -> None:
+    rule = AGGREGATORS[name]()
+    rule(torch.eye(3), losses=torch.ones(3))
+    before = rule.state_dict()
+    assert rule(torch.eye(3), losses=torch.tensor([1.0, loss, 1.0])).weights[1].isnan()
+    assert all(torch.equal(value, before[key]) for key, value in rule.state_dict().items())
+
+
 def test_a_complex_gramian_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"gramian: got dtype torch\.complex64"):
         Mean()(torch.zeros(2, 2, dtype=torch.complex64))
@@ -191,9 +237,12 @@ def test_every_rule_is_a_dataclass_that_needs_no_argument(rule: type[Aggregator]
 
 
 @pytest.mark.parametrize("name", SOLVED)
-def test_solved_rules_report_their_gap(name: str) -> None:
+def test_solved_rules_report_their_gaps(name: str) -> None:
     jacobian = gradients("gauss", 5)
-    assert 0 <= RULES[name](jacobian @ jacobian.mT, noise_for(RULES[name], 5)).diagnostics["gap"] < 1e-9
+    diagnostics = RULES[name](jacobian @ jacobian.mT, noise_for(RULES[name], 5)).diagnostics
+    assert 0 <= diagnostics["gap"] < 1e-9
+    if name not in ("upgrad", "dualproj"):
+        assert 0 <= diagnostics["relative_gap"] < 1e-9
 
 
 @dataclass(frozen=True)

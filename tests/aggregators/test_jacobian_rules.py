@@ -5,19 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 
-import numpy as np
+import oracles
 import pytest
 import torch
 from gradient_families import FAMILIES, gradients, relative_error
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import brentq
+from loops import by_adatask, by_dbmtl, by_moco
 from torch import Tensor
 
 from mtrl_imgrad.aggregators import DBMTL, AdaTask, Aggregation, Aggregator, GradDrop, MoCo
-from mtrl_imgrad.aggregators.solvers import project_onto_simplex
 
 TASKS = (1, 2, 3, 10, 50)
 SCALES = (1e-4, 1.0, 1e4)
@@ -26,7 +25,6 @@ RULES: dict[str, Aggregator] = {
     "graddrop-leak": GradDrop(leak=0.3),
     "moco": MoCo(),
     "moco-softmax": MoCo(projection="softmax"),
-    "moco-loss": MoCo(normalization="loss"),
     "moco-none": MoCo(normalization="none"),
     "dbmtl": DBMTL(),
     "adatask": AdaTask(),
@@ -64,78 +62,13 @@ def assert_close_per_call(given_directions: Tensor, expected: Tensor, tolerance:
     assert ((given_directions - expected).abs() <= tolerance * size).all()
 
 
-# Loops
-
-
-def drop_signs(jacobian: np.ndarray, noise: np.ndarray, leak: float) -> np.ndarray:
-    """Algorithm 1 of the GradDrop paper, number by number; the mean over the tasks."""
-    out = np.zeros(jacobian.shape[1])
-    for column in range(jacobian.shape[1]):
-        entries = jacobian[:, column]
-        size = np.abs(entries).sum()
-        purity = 0.5 * (1 + entries.sum() / size) if size > 0 else 0.5
-        for entry in entries:
-            kept = (entry > 0 and purity > noise[column]) or (entry < 0 and purity < noise[column])
-            out[column] += entry if kept else leak * entry
-    return out / len(jacobian)
-
-
-def nearest_on_simplex(vector: np.ndarray) -> np.ndarray:
-    """The threshold by root finding."""
-    threshold = brentq(lambda t: np.maximum(vector - t, 0).sum() - 1, vector.min() - 2, vector.max(), xtol=1e-15)
-    return np.maximum(vector - threshold, 0)
-
-
-def tracked_directions(jacobians: list[Tensor], losses: Tensor, rule: MoCo) -> Tensor:
-    num_tasks = len(losses)
-    tracked, weights, found = np.zeros(jacobians[0].shape), np.full(num_tasks, 1 / num_tasks), []
-    for t, jacobian in enumerate(jacobians, start=1):
-        rows = jacobian.numpy()
-        if rule.normalization == "loss":
-            rows = np.stack([loss * row / np.linalg.norm(row) for row, loss in zip(rows, losses.numpy(), strict=True)])
-        tracked = tracked - rule.beta / t**rule.beta_decay * (tracked - rows)
-        products = tracked @ tracked.T
-        if rule.normalization == "gramian":
-            products = products / np.trace(products) * num_tasks
-        moved = weights - rule.gamma / t**rule.gamma_decay * (products + rule.rho * np.eye(num_tasks)) @ weights
-        exponents = np.exp(moved - moved.max())
-        weights = nearest_on_simplex(moved) if rule.projection == "simplex" else exponents / exponents.sum()
-        found.append(weights @ tracked)
-    return torch.from_numpy(np.stack(found))
-
-
-def balanced_directions(jacobians: list[Tensor], losses: Tensor, rule: DBMTL) -> Tensor:
-    average, found = np.zeros(jacobians[0].shape), []
-    for t, jacobian in enumerate(jacobians, start=1):
-        rows = jacobian.numpy() / (losses.numpy() + 1e-8)[:, None]
-        average = rows + rule.beta / t**rule.sigma * (average - rows)
-        norms = [np.linalg.norm(row) for row in average]
-        found.append(sum(max(norms) / norm * row for norm, row in zip(norms, average, strict=True)) / len(norms))
-    return torch.from_numpy(np.stack(found))
-
-
-def adam_directions(jacobians: list[Tensor], rule: AdaTask) -> Tensor:
-    """torch's Adam for every task on its own: the difference of its parameters with lr = 1."""
-    found = torch.zeros(len(jacobians), jacobians[0].shape[1], dtype=torch.float64)
-    num_tasks = len(jacobians[0])
-    for task in range(num_tasks):
-        parameters = torch.zeros(jacobians[0].shape[1], dtype=torch.float64, requires_grad=True)
-        optimiser = torch.optim.Adam([parameters], lr=1.0, betas=(rule.beta1, rule.beta2), eps=rule.eps)
-        for index, jacobian in enumerate(jacobians):
-            parameters.data.zero_()
-            parameters.grad = jacobian[task].clone()
-            optimiser.step()
-            found[index] -= parameters.detach() / (num_tasks if rule.combine == "mean" else 1)
-    return found
-
-
 @pytest.mark.parametrize("num_tasks", TASKS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_graddrop_is_the_papers_loop(family: str, num_tasks: int) -> None:
     jacobian = gradients(family, num_tasks)
     noise = GradDrop().draw_noise(num_tasks, generator(), jacobian.shape[1])
     for leak in (0.0, 0.3):
-        expected = torch.from_numpy(drop_signs(jacobian.numpy(), noise.double().numpy(), leak))
+        expected = torch.from_numpy(oracles.graddrop_direction(jacobian.numpy(), noise.double().numpy(), leak))
         for scale in SCALES:
             rows = jacobian * scale
             found = GradDrop(leak=leak)(rows @ rows.mT, noise, jacobian=rows).direction / scale
@@ -148,12 +81,12 @@ def test_moco_is_the_papers_loop(family: str, scale: float) -> None:
     rules = [
         MoCo(gamma=2.0),
         MoCo(gamma=2.0, projection="softmax", rho=0.1),
-        MoCo(beta=1.0, beta_decay=0.0, gamma=0.3, gamma_decay=0.0, normalization="loss"),
+        MoCo(beta=1.0, beta_decay=0.0, gamma=0.3, gamma_decay=0.0),
         MoCo(gamma=0.1 / scale**2, normalization="none"),
     ]
     for num_tasks, rule in itertools.product(TASKS, rules):
         jacobians = [scale * jacobian for jacobian in course(family, num_tasks)]
-        expected = tracked_directions(jacobians, some_losses(num_tasks), rule)
+        expected = by_moco(jacobians, rule)
         # `imbalanced` has products of 1e4 in its raw Gramian, so that rounding of w is that much larger.
         tolerance = 1e-8 if rule.normalization == "none" and family == "imbalanced" else 1e-11
         assert_close_per_call(directions(rule, jacobians), expected, tolerance)
@@ -164,7 +97,7 @@ def test_moco_is_the_papers_loop(family: str, scale: float) -> None:
 def test_dbmtl_is_the_papers_loop(family: str, scale: float) -> None:
     for num_tasks, rule in itertools.product(TASKS, (DBMTL(), DBMTL(beta=0.5, sigma=0.5), DBMTL(beta=0.0))):
         jacobians = [scale * jacobian for jacobian in course(family, num_tasks)]
-        expected = balanced_directions(jacobians, some_losses(num_tasks), rule)
+        expected = by_dbmtl(jacobians, some_losses(num_tasks).expand(len(jacobians), -1), rule)
         assert_close_per_call(directions(rule, jacobians), expected)
 
 
@@ -174,26 +107,7 @@ def test_adatask_is_one_adam_of_torchs_per_task(family: str, scale: float) -> No
     for num_tasks, combine in itertools.product((1, 2, 3, 10), ("mean", "sum")):
         rule = AdaTask(combine=combine, beta1=0.8, beta2=0.99)
         jacobians = [scale * jacobian for jacobian in course(family, num_tasks)]
-        assert_close_per_call(directions(rule, jacobians), adam_directions(jacobians, rule))
-
-
-@pytest.mark.parametrize("num_tasks", TASKS)
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
-def test_the_projection_onto_the_simplex_is_the_nearest_point(num_tasks: int, size: float) -> None:
-    vectors = size * torch.randn(6, 4, num_tasks, generator=generator(num_tasks), dtype=torch.float64)
-    vectors[0] = 0.5  # ties
-    found = project_onto_simplex(vectors)
-    for index in itertools.product(range(6), range(4)):
-        expected = nearest_on_simplex(vectors[index].numpy())
-        np.testing.assert_allclose(found[index].numpy(), expected, rtol=0, atol=1e-12 * max(1.0, size))
-
-
-def test_the_projection_keeps_a_point_of_the_simplex_and_passes_nan_on() -> None:
-    inside = torch.tensor([0.2, 0.0, 0.8], dtype=torch.float64)
-    torch.testing.assert_close(project_onto_simplex(inside), inside)
-    assert project_onto_simplex(inside * math.nan).isnan().all()
-    out = torch.tensor([0.2, -math.inf, 0.8], dtype=torch.float64)
-    torch.testing.assert_close(project_onto_simplex(out), inside)
+        assert_close_per_call(directions(rule, jacobians), by_adatask(jacobians, rule))
 
 
 # Identities
@@ -214,7 +128,7 @@ def test_permuting_the_tasks_leaves_the_direction(name: str, family: str, num_ta
 
 # How the direction scales with the gradients, for given losses.
 DEGREES = dict.fromkeys(("graddrop", "graddrop-leak", "moco", "moco-softmax", "dbmtl"), 1)
-DEGREES |= dict.fromkeys(("moco-loss", "adatask", "adatask-sum"), 0)
+DEGREES |= dict.fromkeys(("adatask", "adatask-sum"), 0)
 
 
 @pytest.mark.parametrize("name", DEGREES)
@@ -252,7 +166,7 @@ def test_identical_gradients_keep_their_direction(rule: Aggregator, constant: fl
 def test_adatask_with_identical_gradients_is_adam(num_tasks: int) -> None:
     jacobians = course("gauss", 1, 5)
     repeated = [jacobian.expand(num_tasks, -1).contiguous() for jacobian in jacobians]
-    expected = adam_directions(jacobians, AdaTask())
+    expected = by_adatask(jacobians, AdaTask())
     assert_close_per_call(directions(AdaTask(), repeated), expected)
     assert_close_per_call(directions(AdaTask(combine="sum"), repeated), num_tasks * expected)
 
@@ -430,8 +344,12 @@ def test_what_a_rule_needs_is_asked_for_by_name() -> None:
             rule(gramian)
     with pytest.raises(ValueError, match="losses: got None, DBMTL needs one per task"):
         DBMTL()(gramian, jacobian=jacobian)
-    with pytest.raises(ValueError, match="losses: MoCo with normalization='loss' needs one per task"):
-        MoCo(normalization="loss")(gramian, jacobian=jacobian)
+    with pytest.raises(ValueError, match=r"jacobian: got \(3, 0\), MoCo needs \[tasks, parameters\]"):
+        MoCo()(gramian, jacobian=torch.zeros(3, 0))
+    for shape in ((), (1,), (4,)):
+        for rule in (DBMTL(), MoCo()):
+            with pytest.raises(ValueError, match=r"losses: got \(.*\), \w+ needs one per task"):
+                rule(gramian, losses=torch.ones(shape), jacobian=jacobian)
     with pytest.raises(ValueError, match=r"noise: got \(2,\), need \(3,\) as drawn by GradDrop.draw_noise"):
         GradDrop()(gramian, torch.zeros(2), jacobian=jacobian)
     with pytest.raises(ValueError, match="losses: DBMTL needs losses >= 0, that of task 1 is -1"):
@@ -450,37 +368,6 @@ def test_dbmtl_gives_own_parameters_the_gradient_of_the_logarithm() -> None:
     torch.testing.assert_close(call(DBMTL(), gradients("gauss", 3), losses).own_weights, 1 / (3 * (losses + 1e-8)))
 
 
-CHANGES: dict[str, tuple[Aggregator, Aggregator]] = {
-    "GradDrop.leak": (GradDrop(), GradDrop(leak=0.5)),
-    "MoCo.beta": (MoCo(), MoCo(beta=0.9)),
-    "MoCo.beta_decay": (MoCo(), MoCo(beta_decay=0.0)),
-    "MoCo.gamma": (MoCo(), MoCo(gamma=0.9)),
-    "MoCo.gamma_decay": (MoCo(), MoCo(gamma_decay=0.0)),
-    "MoCo.rho": (MoCo(), MoCo(rho=3.0)),
-    "MoCo.projection": (MoCo(), MoCo(projection="softmax")),
-    "MoCo.normalization": (MoCo(), MoCo(normalization="loss")),
-    "DBMTL.beta": (DBMTL(), DBMTL(beta=0.5)),
-    "DBMTL.sigma": (DBMTL(), DBMTL(sigma=1.0)),
-    "AdaTask.combine": (AdaTask(), AdaTask(combine="sum")),
-    "AdaTask.beta1": (AdaTask(), AdaTask(beta1=0.5)),
-    "AdaTask.beta2": (AdaTask(), AdaTask(beta2=0.9)),
-    "AdaTask.eps": (AdaTask(), AdaTask(eps=0.1)),
-}
-
-
-@pytest.mark.parametrize("field", CHANGES)
-def test_every_field_changes_something(field: str) -> None:
-    one, other = CHANGES[field]
-    jacobians = course("imbalanced", 3, 5)
-    found, changed = directions(one, jacobians), directions(other, jacobians)
-    assert (found - changed).norm() > 1e-3 * found.norm()
-
-
-def test_the_list_of_fields_above_is_complete() -> None:
-    rules = (GradDrop, MoCo, DBMTL, AdaTask)
-    assert {f"{rule.__name__}.{field.name}" for rule in rules for field in fields(rule)} == set(CHANGES)
-
-
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -491,7 +378,7 @@ def test_the_list_of_fields_above_is_complete() -> None:
         (lambda: MoCo(gamma_decay=math.nan), "MoCo.gamma_decay: got nan"),
         (lambda: MoCo(rho=-1.0), "MoCo.rho: got -1.0"),
         (lambda: MoCo(projection="ball"), "MoCo.projection: got 'ball', allowed: 'simplex', 'softmax'"),
-        (lambda: MoCo(normalization="l2"), "MoCo.normalization: got 'l2', allowed: 'gramian', 'loss', 'none'"),
+        (lambda: MoCo(normalization="l2"), "MoCo.normalization: got 'l2', allowed: 'gramian', 'none'"),
         (lambda: DBMTL(beta=-0.1), "DBMTL.beta: got -0.1"),
         (lambda: DBMTL(sigma=-0.1), "DBMTL.sigma: got -0.1"),
         (lambda: AdaTask(combine="max"), "AdaTask.combine: got 'max', allowed: 'mean', 'sum'"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -50,12 +52,16 @@ def test_offsets_orders_and_points_of_the_simplex(numbers: list[float], offset: 
     torch.testing.assert_close(project_onto_simplex(projected), projected, rtol=0, atol=1e-14)
 
 
-def test_inactive_tasks_get_nothing_and_change_nothing() -> None:
-    vector = torch.tensor([[0.3, 9.0, 0.1], [0.3, -9.0, 0.1], [5.0, 0.0, 5.0]], dtype=torch.float64)
-    active = torch.tensor([True, False, True])
-    projected = project_onto_simplex(vector, active.expand(3, 3))
+def test_minus_infinity_gets_nothing_and_changes_nothing() -> None:
+    vector = torch.tensor([[0.3, -math.inf, 0.1], [5.0, -math.inf, 5.0]], dtype=torch.float64)
+    projected = project_onto_simplex(vector)
     assert (projected[:, 1] == 0).all()
     torch.testing.assert_close(projected[:, [0, 2]], project_onto_simplex(vector[:, [0, 2]]))
+
+
+def test_ties_share_and_nan_is_passed_on() -> None:
+    torch.testing.assert_close(project_onto_simplex(torch.full((4,), 0.5)), torch.full((4,), 0.25))
+    assert project_onto_simplex(torch.tensor([0.2, math.nan, 0.8])).isnan().all()
 
 
 def test_it_compiles_as_one_graph() -> None:

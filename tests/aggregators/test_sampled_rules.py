@@ -26,12 +26,6 @@ def cosine_distance(one: Tensor, other: Tensor) -> float:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def groups(jacobian: Tensor, noise: Tensor, n: int) -> Tensor:
-    """h: the n - 1 tasks with the smallest numbers, and the average of all others."""
-    order = noise.argsort().tolist()
-    return torch.stack([jacobian[task] for task in order[: n - 1]] + [jacobian[order[n - 1 :]].mean(0)])
-
-
 @pytest.mark.parametrize("num_tasks", SIZES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_cagrad_fast_is_the_best_worst_case_of_the_groups(family: str, num_tasks: int) -> None:
@@ -40,7 +34,7 @@ def test_cagrad_fast_is_the_best_worst_case_of_the_groups(family: str, num_tasks
     jacobian = gradients(family, num_tasks, 1)
     jacobian = jacobian / jacobian.square().sum(1).mean().sqrt()
     noise, mean = noise_for(CAGradFast(), num_tasks), jacobian.mean(0)
-    rows = groups(jacobian, noise, n)
+    rows = torch.from_numpy(oracles.fast_groups(jacobian.numpy(), noise.numpy(), n))
     for route, scale in itertools.product(ROUTES, SCALES):
         rule = CAGradFast(c=c, n=n, rescale=0, solver=route)
         result = rule(scale**2 * jacobian @ jacobian.mT, noise)
@@ -89,15 +83,6 @@ def test_a_task_without_gradient_is_neither_drawn_nor_averaged() -> None:
     extended_noise = torch.cat([torch.tensor([0.0, 0.4], dtype=torch.float64), noise])
     given = direction(CAGradFast(n=3), extended, extended_noise)
     assert relative_error(given, direction(CAGradFast(n=3), jacobian, noise) * 6 / 8) < 1e-9
-
-
-@pytest.mark.parametrize("field", [{"c": 0.8}, {"n": 2}, {"rescale": 0}, {"rescale": 1}], ids=str)
-def test_every_field_of_cagrad_fast_changes_something(field: dict) -> None:
-    jacobian = gradients("conflict", 6)
-    noise = noise_for(CAGradFast(), 6)
-    assert (
-        relative_error(direction(CAGradFast(**field), jacobian, noise), direction(CAGradFast(), jacobian, noise)) > 1e-3
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -205,15 +190,6 @@ def test_empty_samples_fall_to_the_next_row_and_finally_to_the_smallest_number()
     assert rule(gramian, noise).weights.tolist() == pytest.approx([0, 1, 0, 0])
     gramian[1], gramian[:, 1] = 0.0, 0.0  # a sample without any gradient is empty too
     assert rule(gramian, noise).weights.tolist() == pytest.approx([1, 0, 0, 0])
-
-
-@pytest.mark.parametrize(
-    ("rule", "field"), [(SDMGrad(), {"lam": 0.1}), (SDMGradOS(n=2), {"lam": 0.1}), (SDMGradOS(n=2), {"n": 5})], ids=str
-)
-def test_every_field_changes_something(rule: Aggregator, field: dict) -> None:
-    jacobian, noise = gradients("imbalanced", 6), noise_for(rule, 6, 3)
-    changed = type(rule)(**(vars(rule) | field))
-    assert relative_error(direction(changed, jacobian, noise), direction(rule, jacobian, noise)) > 1e-3
 
 
 @pytest.mark.parametrize("rule", [CAGradFast(), SDMGradOS()], ids=lambda rule: type(rule).__name__)

@@ -170,6 +170,19 @@ def test_never_looks_at_a_value_on_the_device(name: str) -> None:
     assert on_meta(RULES[name]).shape == (2, 5)
 
 
+@pytest.mark.usefixtures("short_loop")
+@pytest.mark.parametrize("name", RULES)
+def test_never_calls_what_waits_for_the_device_inside(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """These look at an error code on the host, which tensors without values do not show."""
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise AssertionError("waits for the device")
+
+    for function in ("eigh", "eigvalsh", "cholesky", "solve", "inv", "lstsq", "svd", "pinv"):
+        monkeypatch.setattr(torch.linalg, function, refuse)
+    assert on_meta(RULES[name]).shape == (2, 5)
+
+
 @pytest.mark.parametrize("how", ["item", "tolist", "numpy", "cpu", "nonzero", "branch"])
 def test_the_test_above_notices_a_look(how: str) -> None:
     with pytest.raises((RuntimeError, NotImplementedError, TypeError)):

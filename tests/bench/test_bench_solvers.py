@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mtrl_imgrad.aggregators import ConicGrad
+from mtrl_imgrad.aggregators import AGGREGATORS, ConicGrad
 from mtrl_imgrad.bench.solver_references import CONE, KERNEL_RULES, Clarabel, slsqp
-from mtrl_imgrad.bench.solvers import as_json, measured_rules, options, random_gramian, ratio, table
+from mtrl_imgrad.bench.solvers import TORCHJD, as_json, measured_rules, options, random_gramian, ratio, table
 from mtrl_imgrad.cli import main
 
 MEASURED = {
@@ -73,12 +73,23 @@ def test_clarabel_is_given_new_data_at_every_call():
             np.testing.assert_allclose(weights, expected, atol=1e-4)
 
 
-def test_every_rule_with_a_choice_of_routes_is_measured_on_both():
+def test_every_rule_on_the_gramian_is_measured_and_on_both_routes_where_it_has_them():
     calls, _ = options(2)
+    ours = {(rule, way) for rule, way in calls if way.startswith("ours")}
+    assert measured_rules() == [name for name, rule in AGGREGATORS.items() if rule.needs == "gramian"]
+    assert {rule for rule, _ in ours} == set(measured_rules())
     for rule in measured_rules():
-        assert (rule, "ours, host") in calls
-        assert (rule, "ours, device") in calls
-    assert set(KERNEL_RULES) <= set(measured_rules())
+        has_routes = "solver" in vars(AGGREGATORS[rule]())
+        expected = {"ours, host", "ours, device"} if has_routes else {"ours"}
+        assert {way for name, way in ours if name == rule} == expected
+    assert set(KERNEL_RULES) | set(TORCHJD) <= set(measured_rules())
+
+
+def test_torchjds_class_is_measured_beside_every_rule_that_it_has_one_for():
+    pytest.importorskip("torchjd", reason="the extra torchjd is not installed")
+    calls, missing = options(2)
+    assert {rule for rule, way in calls if way == "torchjd"} == set(TORCHJD)
+    assert missing == []
 
 
 def test_what_is_not_installed_is_told_in_a_line(monkeypatch):
@@ -87,7 +98,7 @@ def test_what_is_not_installed_is_told_in_a_line(monkeypatch):
 
     monkeypatch.setattr(importlib, "import_module", absent)
     calls, missing = options(2)
-    assert {way for _, way in calls} == {"ours, host", "ours, device", "slsqp"}
+    assert {way for _, way in calls} == {"ours", "ours, host", "ours, device", "slsqp"}
     assert [line.split()[0] for line in missing] == ["clarabel", "torchjd"]
 
 

@@ -6,16 +6,18 @@ Meant for few tasks, where the overhead of array calls counts more than arithmet
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.linalg import get_lapack_funcs
+from torch import Tensor
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Number = TypeVar("Number", float, Tensor)
 
-# J^T w counts as zero where ||J^T w||^2 is at most this fraction of sum_i w_i ||g_i||^2.
-NEAR_ZERO = 1e-10
+NEAR_ZERO = 1e-10  # see `near_zero`
 # Where q = 0, r is at least this fraction of max|p| + r: ties of a linear objective go to the shortest J^T w.
 TIE_BREAK = 1e-10
 RIDGES = (1e-13, 1e-10, 1e-7, 1e-4, 1e-1)  # fractions of diag(M) to add, see `simplex`
@@ -26,8 +28,14 @@ ROUNDING = 1e-15  # slopes within this fraction of their terms of one another co
 solve_positive, factorise = get_lapack_funcs(("posv", "potrf"), dtype=np.float64)
 
 
+def near_zero(error: Number) -> Number:
+    """The fraction of sum_i w_i ||g_i||^2 up to which ||J^T w||^2 counts as zero: NEAR_ZERO, and twice what errors of M
+    of up to `error` ||g_i|| ||g_j|| (its rounding, its ridge) can add to it."""
+    return NEAR_ZERO + 2.0 * error
+
+
 def active_set(
-    matrix: Array, linear: Array, norm: float, quadratic: float, row_norms: Array, active: Mask
+    matrix: Array, linear: Array, norm: float, quadratic: float, row_norms: Array, active: Mask, rounding: float
 ) -> tuple[Array, Array, float, float] | None:
     """Minimises p.w + r sqrt(w'Mw) + (q/2) w'Mw over the simplex of the active tasks.
 
@@ -39,7 +47,8 @@ def active_set(
     """
     if not active.all():
         keep = np.flatnonzero(active)
-        answer = active_set(matrix[np.ix_(keep, keep)], linear[keep], norm, quadratic, row_norms[keep], active[keep])
+        part = matrix[np.ix_(keep, keep)]
+        answer = active_set(part, linear[keep], norm, quadratic, row_norms[keep], active[keep], rounding)
         if answer is None:
             return None
         weights, unit = np.zeros(len(active)), np.zeros(len(active))
@@ -50,11 +59,11 @@ def active_set(
     scale = float(np.abs(linear).max()) + norm + quadratic or 1.0
     linear, norm, quadratic = linear / scale, norm / scale, quadratic / scale
     norm = norm if quadratic > 0.0 else max(norm, TIE_BREAK)
-    ridged = (matrix + np.diag(ridge * row_norms) for ridge in RIDGES)
-    found = next((candidate for candidate in ridged if factorise(candidate, lower=1)[1] == 0), None)
+    ridged = ((ridge, matrix + np.diag(ridge * row_norms)) for ridge in RIDGES)
+    found = next((candidate for candidate in ridged if factorise(candidate[1], lower=1)[1] == 0), None)
     if found is None:
         return None
-    matrix = found
+    ridge, matrix = found
     lengths, shares = np.sqrt(row_norms), 1.0 / row_norms
     support, weights = np.ones(num_tasks, dtype=bool), np.zeros(num_tasks)
     pivoting = Pivoting(num_tasks)
@@ -83,7 +92,7 @@ def active_set(
     if not squared_norm > 0:
         return None
     length = math.sqrt(squared_norm)
-    defined = squared_norm > NEAR_ZERO * float(weights @ row_norms)
+    defined = squared_norm > near_zero(rounding + ridge) * float(weights @ row_norms)
     gradient = linear + (norm / length + quadratic) * image
     gap = max(float(weights @ gradient - gradient.min()), 0.0)
     uniform = float(matrix.mean())

@@ -10,7 +10,8 @@ independent of the size of u; Newton on w alone needs damping and stalls on uneq
 start at alpha = 1, where the solution does not depend on the norms, and move alpha to its value by and by. Nash-MTL
 needs 4 to 7 of its 16 steps, FairGrad with alpha = 2 about 12 of 24.
 
-C carries the ridge of `correlations`, normally 1e-13.
+C carries the ridge of `correlations`, normally 1e-13; the last steps take it off the equation, not off the Newton
+matrix.
 """
 
 from __future__ import annotations
@@ -22,12 +23,13 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.solvers.active_set import NEAR_ZERO
+from mtrl_imgrad.aggregators.solvers.active_set import near_zero
 from mtrl_imgrad.aggregators.solvers.correlations import correlations
 
 ALPHA_RANGE = (0.5, 10.0)  # beyond, w spans so many orders of magnitude that the number of steps is no longer safe
 NASH_STEPS = 16
-STEPS_PER_OCTAVE = 8  # further steps for every doubling or halving of alpha
+STEPS_PER_OCTAVE = 8  # further steps for one doubling or halving of alpha; n of them take n^2 times as many
+UNRIDGED_STEPS = 4  # the last ones, for the equation without the ridge: it would show where gradients nearly cancel
 TO_BOUNDARY = 0.95
 
 
@@ -36,8 +38,8 @@ class AlphaFairSolution:
     """The solution of M w = w^(-1/alpha) and its certificate."""
 
     weights: Float[Tensor, "*batch tasks"]
-    """w > 0; 0 for inactive tasks, and for all tasks where there is no solution: where ||J^T w||^2 is at most 1e-10
-    sum_i w_i^2 ||g_i||^2, that is, where 0 lies numerically in the hull."""
+    """w > 0; 0 for inactive tasks, and for all tasks where there is no solution: where ||J^T w||^2 is at most 1e-10 +
+    2 (rounding + delta) times sum_i w_i^2 ||g_i||^2, that is, where 0 lies numerically in the hull."""
 
     residual: Float[Tensor, "*batch"]
     """max_i |(M w)_i w_i^(1/alpha) - 1| for M without ridge, 0 where the weights are 0."""
@@ -47,30 +49,32 @@ def solve_alpha_fair(
     gramian: Float[Tensor, "*batch tasks tasks"],
     active: Bool[Tensor, "*batch tasks"],
     alpha: float,
-    powers: Float[Tensor, "*batch tasks"] | None = None,
+    rounding: float = 0.0,
 ) -> AlphaFairSolution:
-    """Solves M w = b w^(-1/alpha), b = 1 by default; all float64.
+    """Solves M w = w^(-1/alpha); all float64.
 
     Args:
         gramian: M, with zero rows for inactive tasks.
         active: at least one per Gramian.
         alpha: within ALPHA_RANGE.
-        powers: b > 0; the residual is then max_i |(M w)_i w_i^(1/alpha) / b_i - 1|.
+        rounding: how well M is known, see `Given.rounding`.
     """
     cosines = correlations(gramian, active)
-    log_powers = torch.zeros_like(cosines.norms) if powers is None else torch.where(active, powers, 1.0).log()
     ones = active.to(torch.float64)
-    moving = STEPS_PER_OCTAVE * abs(math.log2(alpha))
+    moving = STEPS_PER_OCTAVE * math.log2(alpha) ** 2
     uniform = torch.ones_like(cosines.norms)
+    plain = cosines.matrix - torch.diag_embed(cosines.ridge[..., None] * uniform)
     length = (cosines.matrix.sum(-1) * uniform).sum(-1, keepdim=True).sqrt()
     u = uniform * math.sqrt(gramian.shape[-1]) / length  # the best multiple of 1 for alpha = 1
     v = 1.0 / u
-    for step in range(NASH_STEPS + math.ceil(moving)):
+    steps = NASH_STEPS + math.ceil(moving)
+    for step in range(steps):
+        ridge = cosines.ridge[..., None] if step < steps - UNRIDGED_STEPS else 0.0
         exponent = alpha ** -(min(1.0, step / moving) if moving else 1.0)
-        target = log_powers - (1.0 - exponent) * cosines.norms.log()
+        target = (exponent - 1.0) * cosines.norms.log()
         excess = target - exponent * u.log() - v.log()
         newton = u[..., :, None] * cosines.matrix * u[..., None, :] + torch.diag_embed(exponent * v * u)
-        image = (cosines.matrix @ u[..., None]).squeeze(-1)
+        image = (plain @ u[..., None]).squeeze(-1) + ridge * u
         side = u * (v * (1.0 + excess) - image)
         du = torch.cholesky_solve(side[..., None], torch.linalg.cholesky_ex(newton).L).squeeze(-1)  # relative to u
         dv = excess - exponent * du  # relative to v
@@ -82,7 +86,7 @@ def solve_alpha_fair(
     image = (gramian @ weights[..., None]).squeeze(-1)
     squared_norm = (weights * image).sum(-1)
     own_norms = (ones * u * u).sum(-1)
-    exists = squared_norm > NEAR_ZERO * own_norms
-    excess = image * torch.where(active, weights, 1.0).pow(1.0 / alpha) / log_powers.exp() - 1.0
+    exists = squared_norm > near_zero(rounding + cosines.ridge) * own_norms
+    excess = image * torch.where(active, weights, 1.0).pow(1.0 / alpha) - 1.0
     residual = torch.where(active, excess.abs(), 0.0).amax(-1)
     return AlphaFairSolution(torch.where(exists[..., None], weights, 0.0), torch.where(exists, residual, 0.0))

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float
 from scipy.linalg import get_lapack_funcs
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.solvers.active_set import PIVOTS, Array, Mask, Pivoting
+from mtrl_imgrad.aggregators.solvers.active_set import PIVOTS, Array, Mask, Pivoting, near_zero
 from mtrl_imgrad.aggregators.solvers.correlations import correlations
 from mtrl_imgrad.aggregators.solvers.simplex import Route, step_length, takes_host
 
@@ -37,7 +37,9 @@ class DualConeSolution:
     """Projections onto the dual cone and their certificate."""
 
     weights: Float[Tensor, "*batch sides tasks"]
-    """Row weights v of every projection, 0 for inactive tasks."""
+    """Row weights v of every projection, 0 for inactive tasks; all 0 where ||J^T v||^2 is at most 1e-10 + 2 (rounding +
+    delta) times (sum_i |v_i| ||g_i||)^2, the projection being 0 but for rounding. So <g_i, J^T v> is at least
+    -1e-8 ||g_i|| ||J^T v||, what the ridge may cost, for a float64 Gramian."""
 
     gap: Float[Tensor, "*batch"]
     """The largest (objective - its lower bound from the dual problem) / (objective at v = u), for C with its ridge."""
@@ -48,6 +50,7 @@ def project_onto_dual_cone(
     sides: Float[Tensor, "*batch sides tasks"],
     active: Bool[Tensor, "*batch tasks"],
     solver: Route = "auto",
+    rounding: float = 0.0,
 ) -> DualConeSolution:
     """Projects J^T u for every row u of `sides`; all float64.
 
@@ -56,6 +59,7 @@ def project_onto_dual_cone(
         sides: u >= 0 or of any sign.
         active: at least one per Gramian.
         solver: the route; `auto` takes the host for plain CPU tensors outside of torch.compile.
+        rounding: how well M is known, see `Given.rounding`.
     """
     cosines = correlations(gramian, active)
     scaled = torch.where(active[..., None, :], sides * cosines.norms[..., None, :], 0.0)
@@ -63,8 +67,12 @@ def project_onto_dual_cone(
     size = torch.where(size > 0, size, 1.0)
     route = host_route if takes_host(gramian, solver) else device_route
     added, gap = route(cosines.matrix, cosines.factor, scaled / size, active)
-    weights = (scaled + size * added) / cosines.norms[..., None, :]
-    return DualConeSolution(torch.where(active[..., None, :], weights, 0.0), gap.amax(-1))
+    weights = scaled / size + added
+    squared_norm = ((weights @ cosines.matrix) * weights).sum(-1)
+    zero = near_zero(rounding + cosines.ridge)[..., None] * weights.abs().sum(-1).square()
+    nonzero = active[..., None, :] & (squared_norm > zero)[..., None]
+    weights = torch.where(nonzero, size * weights / cosines.norms[..., None, :], 0.0)
+    return DualConeSolution(weights, gap.amax(-1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -9,7 +9,9 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-# ||p_i||^2 counts as zero at this fraction of (sum_j |C_ij| ||g_j||)^2: it is the rounding error of C M C'.
+from mtrl_imgrad.aggregators.base import device_of
+
+# ||p_i||^2 counts as zero at this fraction of (sum_j |C_ij| ||g_j||)^2, the error of C M C', besides M's own.
 VANISHED = 1e-14
 
 
@@ -83,12 +85,13 @@ def meet_in_turn(
 
 def draw_orders(num_tasks: int, generator: torch.Generator | None) -> Float[Tensor, "tasks tasks"]:
     """Uniform numbers on the generator's device; row i, sorted, is the order in which task i meets its partners."""
-    device = None if generator is None else generator.device
-    return torch.rand(num_tasks, num_tasks, generator=generator, dtype=torch.float64, device=device)
+    return torch.rand(num_tasks, num_tasks, generator=generator, dtype=torch.float64, device=device_of(generator))
 
 
-def current_norms(meeting: Meeting, lengths: Float[Tensor, "*batch tasks"]) -> Float[Tensor, "*batch tasks 1"]:
-    """||p_i||, 0 where nothing but rounding error is left of it; `lengths` are the ||g_j||."""
+def current_norms(
+    meeting: Meeting, lengths: Float[Tensor, "*batch tasks"], rounding: float = 0.0
+) -> Float[Tensor, "*batch tasks 1"]:
+    """||p_i||, 0 where nothing but rounding error is left of it; `lengths` are the ||g_j||, `rounding` is M's."""
     squared = (meeting.coefficients * meeting.products).sum(-1, keepdim=True)
     largest = (meeting.coefficients.abs() * lengths[..., None, :]).sum(-1, keepdim=True)
-    return torch.where(squared > VANISHED * largest**2, squared, 0.0).sqrt()
+    return torch.where(squared > (VANISHED + 2.0 * rounding) * largest**2, squared, 0.0).sqrt()

@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from torch import Tensor
 
 
-def project_onto_simplex(
-    vector: Float[Tensor, "*batch tasks"], active: Bool[Tensor, "*batch tasks"] | None = None
-) -> Float[Tensor, "*batch tasks"]:
-    """argmin over {w >= 0, sum w = 1, w = 0 for inactive tasks} of ||w - v||: w = max(v - t, 0) for the right t.
+def project_onto_simplex(vector: Float[Tensor, "*batch tasks"]) -> Float[Tensor, "*batch tasks"]:
+    """argmin over {w >= 0, sum w = 1} of ||w - v||: w = max(v - t, 0) for the right t.
 
     With v sorted downwards, t = (v_1 + ... + v_m - 1) / m for the largest m that leaves v_m > t.
 
     Args:
-        vector: v, finite; a NaN gives NaN.
-        active: at least one per vector; None means all.
+        vector: v; a NaN gives NaN, an entry of -inf among others 0.
     """
-    if active is None:
-        active = torch.ones_like(vector, dtype=torch.bool)
     # v and v + constant have the same projection; with the largest entry at 0 no digits are lost to a common offset.
-    vector = vector - torch.where(active, vector, -torch.inf).amax(-1, keepdim=True)
     # Entries more than 1 below the largest are 0 in the projection.
-    vector = torch.where(active, vector, -2.0).clamp_min(-2.0)
+    vector = (vector - vector.amax(-1, keepdim=True)).clamp_min(-2.0)
     ordered = vector.sort(-1, descending=True).values
     counts = torch.arange(1, vector.shape[-1] + 1, dtype=vector.dtype, device=vector.device)
     thresholds = (ordered.cumsum(-1) - 1.0) / counts

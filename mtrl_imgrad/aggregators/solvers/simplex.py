@@ -1,4 +1,4 @@
-"""The one optimisation problem behind MGDA, CAGrad, IMGrad and ConicGrad, and two ways to solve it.
+"""The one optimisation problem behind MGDA, CAGrad, IMGrad, ConicGrad and SDMGrad, and two ways to solve it.
 
     minimise  f(w) = p.w + r sqrt(w'Mw) + (q/2) w'Mw   over the simplex {w >= 0, sum w = 1},   r, q >= 0
 
@@ -9,7 +9,7 @@
 
 Both see M + delta diag(M) with the smallest delta of 1e-13, 1e-10, ..., 0.1 that lets Cholesky succeed. For a float64
 Gramian that is 1e-13, as if every task had a private coordinate of 3e-7 times its norm, and makes w unique. Larger
-values occur only for Gramians that are not positive semi-definite, such as rounded ones.
+values occur only for Gramians that are not positive semi-definite, such as those of products in float32.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.solvers.active_set import NEAR_ZERO, RIDGES, TIE_BREAK, active_set
+from mtrl_imgrad.aggregators.solvers.active_set import RIDGES, TIE_BREAK, active_set, near_zero
 
 Route = Literal["auto", "device", "host"]
 ROUTES: tuple[Route, ...] = ("auto", "device", "host")
@@ -43,7 +43,8 @@ class SimplexSolution:
 
     unit: Float[Tensor, "*batch tasks"]
     """Row weights w / ||J^T w|| of the unit vector; all 0 where J^T w vanishes at the optimum (0 lies in the hull of
-    the gradients) and no direction is defined."""
+    the gradients) and no direction is defined: where ||J^T w||^2 is at most 1e-10 + 2 (rounding + delta) times
+    sum_i w_i ||g_i||^2."""
 
     gap: Float[Tensor, "*batch"]
     """(f(w) - the lower bound that the gradient at w gives) / |f(uniform weights)|, for the Gramian with its delta.
@@ -55,6 +56,15 @@ class SimplexSolution:
     it grows with the ratio of the lengths, to about 1e-13 times it; above 1e-3 the direction is in doubt.
     It is computed in float64 too: beyond a ratio of 1e8 a small value is no proof."""
 
+    @property
+    def gaps(self) -> dict[str, Float[Tensor, "*batch"]]:
+        """Both, as rules report them."""
+        return {"gap": self.gap, "relative_gap": self.relative_gap}
+
+    def larger_gaps(self, other: SimplexSolution) -> dict[str, Float[Tensor, "*batch"]]:
+        """`gaps` of a rule that takes two solves."""
+        return {name: torch.maximum(gap, other.gaps[name]) for name, gap in self.gaps.items()}
+
 
 class Problem(NamedTuple):
     """The kernel's data."""
@@ -65,6 +75,7 @@ class Problem(NamedTuple):
     quadratic: Tensor
     row_norms: Tensor
     active: Tensor
+    rounding: Tensor
 
 
 def minimise_on_simplex(
@@ -75,6 +86,7 @@ def minimise_on_simplex(
     active: Bool[Tensor, "*batch tasks"],
     row_norms: Float[Tensor, "*batch tasks"] | None = None,
     solver: Route = "auto",
+    rounding: float | Float[Tensor, "*batch"] = 0.0,
 ) -> SimplexSolution:
     """Minimises p.w + r sqrt(w'Mw) + (q/2) w'Mw over the simplex of the active tasks; all float64.
 
@@ -86,9 +98,10 @@ def minimise_on_simplex(
         active: at least one per Gramian.
         row_norms: squared norms that delta is relative to, where M is a difference; by default M's diagonal.
         solver: the route; `auto` takes the host for plain CPU tensors outside of torch.compile.
+        rounding: how well M is known: M_ij to about this times the roots of its tasks' row_norms, see `Given.rounding`.
     """
     row_norms = gramian.diagonal(dim1=-2, dim2=-1) if row_norms is None else row_norms
-    problem = Problem(gramian, linear, norm, quadratic, row_norms, active)
+    problem = Problem(gramian, linear, norm, quadratic, row_norms, active, torch.zeros_like(norm) + rounding)
     return host_route(problem) if takes_host(gramian, solver) else device_route(scaled(problem))
 
 
@@ -113,14 +126,14 @@ def scaled(problem: Problem) -> Problem:
     return problem._replace(linear=linear / scale[..., None], norm=norm, quadratic=quadratic)
 
 
-def with_ridge(problem: Problem) -> Tensor:
-    """M + delta diag(row_norms) for the smallest delta that makes it numerically positive definite."""
+def with_ridge(problem: Problem) -> tuple[Tensor, Tensor]:
+    """M + delta diag(row_norms) for the smallest delta that makes it numerically positive definite, and that delta."""
     ridges = torch.logspace(-13, -1, len(RIDGES), dtype=torch.float64, device=problem.matrix.device)
     diagonals = torch.where(problem.active[..., None, :], ridges[:, None] * problem.row_norms[..., None, :], 1.0)
     failed = torch.linalg.cholesky_ex(problem.matrix[..., None, :, :] + torch.diag_embed(diagonals)).info != 0
     index = failed.int().cumprod(-1).sum(-1).clamp(max=len(RIDGES) - 1)
-    # take, since indexing by a tensor without dimensions would wait for the device
-    return problem.matrix + torch.diag_embed(ridges.take(index)[..., None] * problem.row_norms)
+    ridge = ridges.take(index)  # indexing by a tensor without dimensions would wait for the device
+    return problem.matrix + torch.diag_embed(ridge[..., None] * problem.row_norms), ridge
 
 
 def certificate(problem: Problem, matrix: Tensor, weights: Tensor) -> Float[Tensor, "*batch"]:
@@ -149,7 +162,7 @@ def device_route(problem: Problem) -> SimplexSolution:
     iterate and the closed form, the one with the smallest certified gap is returned, so steps lost to rounding cost
     nothing.
     """
-    matrix = with_ridge(problem)
+    matrix, ridge = with_ridge(problem)
     active, norm, quadratic = problem.active, problem.norm[..., None], problem.quadratic[..., None]
     ones = active.to(torch.float64)
     count = ones.sum(-1, keepdim=True)
@@ -207,7 +220,8 @@ def device_route(problem: Problem) -> SimplexSolution:
     squared_norm = (best_weights * (matrix @ best_weights[..., None]).squeeze(-1)).sum(-1)
     terms = objective(problem._replace(linear=problem.linear.abs()), matrix, best_weights)
     own_gap = best_gap.clamp_min(0.0) / torch.where(terms > 0, terms, 1.0)
-    defined = (squared_norm > NEAR_ZERO * (best_weights * problem.row_norms).sum(-1)) & (gap <= UNCERTIFIED)
+    zero = near_zero(problem.rounding + ridge) * (best_weights * problem.row_norms).sum(-1)
+    defined = (squared_norm > zero) & (gap <= UNCERTIFIED)
     unit = best_weights / torch.where(defined, squared_norm, torch.inf).sqrt()[..., None]
     return SimplexSolution(best_weights, unit, gap, own_gap)
 
