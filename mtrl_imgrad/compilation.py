@@ -25,7 +25,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from mtrl_imgrad.aggregators import Aggregation, Aggregator
 from mtrl_imgrad.replay import Batch
-from mtrl_imgrad.sac_update import Metrics, Noise, SacUpdate, State
+from mtrl_imgrad.sac_update import Metrics, Noise, SacUpdate, State, remembered
 
 Update: TypeAlias = Callable[[State, Batch, Noise], tuple[State, Metrics]]
 OPERATOR = (
@@ -96,7 +96,7 @@ def restored(parts: Sequence[Tensor], example: Aggregation) -> Aggregation:
     )
 
 
-def opaque(rule: Aggregator, tasks: int, parameters: int) -> OpaqueRule:
+def opaque(rule: Aggregator, tasks: int, parameters: int, state: State, dtype: torch.dtype) -> OpaqueRule:
     """The rule as one operator.
 
     The operator is named after the rule and its sizes, and lasts as long as the process: what torch compiled for an
@@ -106,18 +106,18 @@ def opaque(rule: Aggregator, tasks: int, parameters: int) -> OpaqueRule:
         rule: any rule.
         tasks: K.
         parameters: shared parameters, the columns of J.
+        state: what the rule remembers.
+        dtype: of losses and gradients.
     """
     noise = rule.draw_noise(tasks, torch.Generator(), parameters)
-    needs_jacobian = rule.needs == "jacobian"
-    jacobian = torch.eye(tasks, parameters) if needs_jacobian else None
-    state = rule.initial_state((tasks,), parameters if needs_jacobian else 0)
+    jacobian = torch.eye(tasks, parameters, dtype=dtype) if rule.needs == "jacobian" else None
     names = sorted(state)
     # A copy, since a foreign rule may remember the call.
     example = copy.deepcopy(rule).aggregate(
-        torch.eye(tasks, dtype=torch.float64), noise, torch.ones(tasks), jacobian, state
+        torch.eye(tasks, dtype=torch.float64), noise, torch.ones(tasks, dtype=dtype), jacobian, state
     )
     shapes = [(part.shape, part.dtype) for part in flattened(example)]
-    kind = f"{type(rule).__module__} {type(rule).__qualname__} {rule!r} {tasks} {parameters}"
+    kind = f"{type(rule).__module__} {type(rule).__qualname__} {rule!r} {tasks} {parameters} {dtype}"
     name = f"aggregate_{hashlib.sha256(kind.encode()).hexdigest()[:16]}"
     if not hasattr(torch.ops.mtrl_imgrad, name):
 
@@ -203,7 +203,13 @@ def compile_sac(
     layouts = {"critic": update.critic.layout, "actor": update.actor.layout}
     # The call that compiles is made with copies, since a foreign rule may remember it.
     rules = {
-        name: opaque(copy.deepcopy(rule), len(state["log_alpha"]), layouts[name].shared_size)
+        name: opaque(
+            copy.deepcopy(rule),
+            len(state["log_alpha"]),
+            layouts[name].shared_size,
+            remembered(name, state),
+            state[name].dtype,
+        )
         for name, rule in update.rules.items()
     }
     compiled = CompiledUpdate(replace(update, rules=rules), state, batch, noise, backend)  # pyright: ignore[reportArgumentType]
