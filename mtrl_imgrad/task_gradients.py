@@ -25,7 +25,7 @@ Block = Float[Tensor, "members tasks size"]
 PIECE = 2**24
 """Numbers of J that `ChunkedTaskGradients` holds at a time, where a layer has more: 64 MiB in float32."""
 
-LONGEST = 1024
+LONGEST = 400
 """Numbers of a row that one float32 product of the Gramian sums at most."""
 
 ROUNDINGS = 4
@@ -186,7 +186,7 @@ def pieces(use: Use, gradient: Float[Tensor, "members tasks rows outputs"]) -> I
 
 
 def block_gramian(block: Block) -> Float64[Tensor, "tasks tasks"]:
-    """The block's part of M. Rows are multiplied in pieces of about a thousand numbers, which are summed in float64:
+    """The block's part of M. Rows are multiplied in pieces of a few hundred numbers, which are summed in float64:
     for opposed gradients of 160,000 numbers one float32 product is off by 5e-6 of their squared norm, this by 1e-8."""
     size = block.shape[-1]
     length = next(length for length in range(min(size, LONGEST), 0, -1) if size % length == 0)
