@@ -57,16 +57,11 @@ def run_training(run: Run) -> Path:
             next_observations, rewards, terminated, truncated, infos = run.envs.step_wait()
 
         # Store the true next observation: where an episode ended, that is not the one which the next action is for
-        replay.add(
-            run.observations,
-            actions,
-            run.on_device(run.normalizer(rewards)),
-            run.on_device(infos["final_obs"]),
-            run.on_device(terminated),
-            run.on_device(truncated),
-        )
+        outcome = (next_observations, run.normalizer(rewards), infos["final_obs"], terminated, truncated)
+        next_rows, reward_rows, final_rows, terminated_rows, truncated_rows = run.on_device(*outcome)
+        replay.add(run.observations, actions, reward_rows, final_rows, terminated_rows.bool(), truncated_rows.bool())
         run.episodes.add(terminated | truncated, infos)
-        run.observations = run.on_device(next_observations)
+        run.observations = next_rows
 
         # Learn
         if not config.envs.pipeline:
@@ -98,7 +93,7 @@ def run_training(run: Run) -> Path:
             checkpoint_due = False
 
     last = steps[-1] if steps else run.start
-    run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start")
+    run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start; {watch.shares()}")
     run.save(last)
     if config.eval.final:
         started = time.perf_counter()

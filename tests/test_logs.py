@@ -155,7 +155,7 @@ class TestEpisodeStatistics:
 
 class TestStopwatch:
     def test_steps_per_second_leave_evaluation_out(self, monkeypatch):
-        clock = iter([0.0, 1.0, 3.0, 4.0, 10.0, 12.0])
+        clock = iter([0.0, 1.0, 3.0, 4.0, 10.0, 12.0, 20.0])
         monkeypatch.setattr("mtrl_imgrad.logs.time.perf_counter", lambda: next(clock))
         watch = Stopwatch(100)  # at 0 s
         with watch.measure("update"):  # 1 s to 3 s
@@ -168,6 +168,7 @@ class TestStopwatch:
             "time/evaluation_ms": 6000.0,
             "time/fps": 20.0,
         }
+        assert watch.shares() == "stepping 0.0%, update 10.0%, evaluation 30.0%, the rest 60.0%"  # at 20 s
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
