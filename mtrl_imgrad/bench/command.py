@@ -104,7 +104,7 @@ def command_bench(arguments: Sequence[str]) -> None:
 
 
 def _settings(options: Options) -> dict[str, Any]:
-    return dataclasses.asdict(options) | {"json": str(options.json)}
+    return {name: value for name, value in vars(options).items() if name != "json"}
 
 
 def _bench_solvers(options: SolverBenchOptions) -> str:
