@@ -41,8 +41,8 @@ Lengths and intervals are in simulator steps per task.
 
 Example: mtrl-imgrad train --config mt10 --aggregator imgrad --aggregator.c 0.4 --seed 3"""
 CHANGEABLE = (
-    *("run_dir", "device", "threads", "compile", "eval.every", "eval.final", "log", "checkpoint"),
-    *("sac.steps", "sac.nan_policy", "envs.workers", "envs.fast", "envs.self_check"),
+    *("run_dir", "device", "threads", "compile", "cuda_graph", "jacobian", "eval.every", "eval.final", "log"),
+    *("checkpoint", "sac.steps", "sac.nan_policy", "envs.workers", "envs.fast", "envs.self_check"),
 )
 """What may differ from the stored configuration on a resume."""
 
