@@ -10,10 +10,9 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import io
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,11 +21,12 @@ import tyro
 import yaml
 
 from mtrl_imgrad.aggregators import AGGREGATORS, resolve
+from mtrl_imgrad.bench.command import command_bench
 from mtrl_imgrad.config import Config, to_dict
 from mtrl_imgrad.envs.worker_pool import WorkerError
 from mtrl_imgrad.learner import NonFiniteError
+from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
 
-PROGRAM = "mtrl-imgrad"
 TRAIN_HELP = """Train a multi-task SAC agent on Meta-World.
 
 Overlays come first and are merged in the order given; every other flag wins over them:
@@ -41,24 +41,10 @@ Lengths and intervals are in simulator steps per task.
 
 Example: mtrl-imgrad train --config mt10 --aggregator imgrad --aggregator.c 0.4 --seed 3"""
 CHANGEABLE = (
-    *("run_dir", "device", "threads", "eval.every", "eval.final", "log", "checkpoint", "sac.steps", "sac.nan_policy"),
-    *("envs.workers", "envs.fast", "envs.self_check"),
+    *("run_dir", "device", "threads", "compile", "cuda_graph", "jacobian", "eval.every", "eval.final", "log"),
+    *("checkpoint", "sac.steps", "sac.nan_policy", "envs.workers", "envs.fast", "envs.self_check"),
 )
 """What may differ from the stored configuration on a resume."""
-
-
-class UserError(Exception):
-    """A mistake of the user's, told in at most two lines."""
-
-
-@contextlib.contextmanager
-def told_as_user_errors() -> Iterator[None]:
-    """Errors that a wrong field, path or task raises, as a UserError. Training itself does not run under it: a bug
-    there must show its traceback."""
-    try:
-        yield
-    except (ValueError, MemoryError, OSError) as error:
-        raise UserError(str(error)) from None
 
 
 def configs_folder() -> Path:
@@ -193,30 +179,6 @@ def _refuse_unknown(tokens: Sequence[str], names: Sequence[str]) -> None:
             raise UserError(f"{name}: there is no such field; the nearest is --{near}.\nSee `{PROGRAM} train --help`.")
 
 
-def parse(kind: Any, arguments: Sequence[str], command: str, description: str | None = None) -> Any:
-    """tyro's parser, with its boxed messages told in two lines.
-
-    Raises:
-        UserError: an argument is wrong.
-        SystemExit: help was asked for and printed.
-    """
-    message = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(message):
-            config = (tyro.conf.FlagConversionOff,)
-            return tyro.cli(
-                kind, args=list(arguments), prog=f"{PROGRAM} {command}", description=description, config=config
-            )
-    except SystemExit as stop:
-        if stop.code in (0, None):
-            raise
-    lines = [re.sub(r"[│╭╮╰╯├┤─]|\x1b\[[0-9;]*m", " ", line).strip(" -") for line in message.getvalue().splitlines()]
-    filled = [line for line in lines if line]
-    ends = ("Perhaps you meant", "Argument helptext", "For full helptext", "Arguments similar")
-    until = next((i for i, line in enumerate(filled) if line.startswith(ends)), len(filled))
-    raise UserError(f"{' '.join(filled[1:until]).rstrip('.')}.\nSee `{PROGRAM} {command} --help`.")
-
-
 def command_train(arguments: Sequence[str]) -> None:
     from mtrl_imgrad.checkpoint import read_config
     from mtrl_imgrad.run import Run
@@ -297,79 +259,12 @@ def command_list(arguments: Sequence[str]) -> None:
             print(f"{path.stem:<14} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
 
 
-@dataclasses.dataclass(frozen=True)
-class BenchOptions:
-    """Measure how fast Meta-World's environments step in every way there is to step them. The options take turns, each
-    in its own process; ours has visited every goal before, since it remembers resets. MT50 with all options needs about
-    20 GB of memory. For the aggregators' solvers, see `mtrl-imgrad bench solvers --help`."""
-
-    what: Annotated[Literal["envs", "solvers"], tyro.conf.Positional]
-    """What to measure."""
-    benchmark: Literal["mt10", "mt25", "mt50"] = "mt10"
-    """Task set."""
-    steps: int = 500
-    """Vector steps per run: at most 500, which is then the episodes' length, or a multiple of 500."""
-    repeats: int = 5
-    """Rounds; each runs every option once."""
-    options: tuple[str, ...] = ()
-    """Names of the options to measure, as the table shows them; none means all."""
-    json: Path | None = None
-    """Also write every round's figures to this file."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SolverBenchOptions:
-    """Measure what one call of each aggregator that needs the Gramian alone costs on one CPU thread, solvers on both
-    routes, beside clarabel called directly, scipy's SLSQP and TorchJD's class, where these are installed. The options
-    take turns."""
-
-    what: Annotated[Literal["solvers"], tyro.conf.Positional]
-    """What to measure."""
-    tasks: tuple[int, ...] = (10, 50)
-    """Numbers of tasks K."""
-    repeats: int = 15
-    """Rounds; each calls every option once on a random Gramian of each family."""
-    json: Path | None = None
-    """Also write every round's figures to this file."""
-
-
-def bench_options(arguments: Sequence[str]) -> BenchOptions | SolverBenchOptions:
-    """What `bench` is asked for: environments and solvers have different flags."""
-    options = parse(SolverBenchOptions if "solvers" in arguments else BenchOptions, arguments, "bench")
-    if options.json and not options.json.parent.is_dir():
-        raise UserError(f"json: there is no folder {options.json.parent} to write {options.json.name} into.")
-    return options
-
-
-def command_bench(arguments: Sequence[str]) -> None:
-    from mtrl_imgrad import bench_solvers
-    from mtrl_imgrad.bench import as_json, bench_envs, disturbance, table
-
-    options = bench_options(arguments)
-    if isinstance(options, SolverBenchOptions):
-        with told_as_user_errors():
-            measured = bench_solvers.bench_solvers(options.tasks, options.repeats)
-        print(bench_solvers.table(measured))
-        if options.json:
-            settings = dataclasses.asdict(options) | {"json": str(options.json)}
-            options.json.write_text(bench_solvers.as_json(measured, settings))
-        return
-    tasks = options.benchmark.upper()
-    with told_as_user_errors():
-        measured = bench_envs(tasks, options.steps, options.repeats, options.options)
-    print(f"{tasks}, runs of {options.steps} vector steps with their resets, {options.repeats} rounds")
-    print(table(measured, int(tasks.removeprefix("MT"))))
-    print(disturbance(measured))
-    if options.json:
-        options.json.write_text(as_json(measured, dataclasses.asdict(options) | {"json": str(options.json)}))
-
-
 COMMANDS = {"train": command_train, "evaluate": command_evaluate, "bench": command_bench, "list": command_list}
 USAGE = f"""usage: {PROGRAM} COMMAND ...
 
   train      train an agent:                {PROGRAM} train --config quickstart
   evaluate   evaluate a run on every goal:  {PROGRAM} evaluate runs/NAME
-  bench      measure environments, solvers: {PROGRAM} bench envs|solvers
+  bench      measure what things cost:      {PROGRAM} bench envs|solvers|update
   list       show what there is to choose:  {PROGRAM} list tasks|aggregators|configs
 
 {PROGRAM} COMMAND --help explains every field."""

@@ -261,6 +261,14 @@ class Config:
     """CPU threads of torch; 0 takes torch's own choice."""
     precision: Literal["float32", "bfloat16"] = "float32"
     """Number format of the matrix products; weights, losses, Gramians and optimisers stay float32 or float64."""
+    jacobian: Literal["stored", "chunked"] = "stored"
+    """stored: keep all K gradients of the shared parameters until the direction is known; chunked: make them piece by
+    piece for the Gramian, and the direction by another product: less memory, for rules that need no J."""
+    compile: bool = True
+    """Compile the whole update into one graph when training starts, which takes half a minute once and a few seconds in
+    later runs. Where it fails, as without a C++ compiler, the run says so and goes on without."""
+    cuda_graph: bool = False
+    """Launch the whole compiled update as one CUDA graph; GPU only."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     aggregator: Aggregator = field(default_factory=IMGrad)
     envs: EnvsConfig = field(default_factory=EnvsConfig)
@@ -274,6 +282,8 @@ class Config:
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
         _require(self.threads >= 0, "threads", self.threads, "zero or positive")
+        whole = self.jacobian == "stored" or self.aggregator.needs != "jacobian"
+        _require(whole, "jacobian", self.jacobian, "stored, since the aggregator needs all of J")
         window = self.sac.n_step * self.envs.envs_per_task
         _require(
             self.replay.capacity > window,

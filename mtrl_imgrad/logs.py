@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,8 @@ from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputF
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from mtrl_imgrad.learner import LOSSES, Metrics, NonFiniteError
+from mtrl_imgrad.learner import NonFiniteError
+from mtrl_imgrad.sac_update import LOSSES, Metrics
 
 
 class ProgressCsv(KVWriter):
@@ -80,32 +81,41 @@ class Averages:
 
     def __init__(self) -> None:
         self.count = 0
-        self.sums: dict[str, Tensor] = {}
+        self.tags: list[list[str]] = []
+        self.sums: list[Tensor] = []
+        """Of the numbers per task, [tags, K], and of the scalars, [tags]."""
 
     def add(self, metrics: Metrics) -> None:
-        for tag, value in (metrics.per_task | metrics.scalars).items():
-            value = value.double()
-            self.sums[tag] = self.sums[tag] + value if tag in self.sums else value
+        values = self._stack(metrics.per_task, metrics.scalars)
+        self.sums = [total + new for total, new in zip(self.sums, values, strict=True)] if self.sums else values
         self.count += 1
 
     def pop(self, tasks: Sequence[str]) -> dict[str, float]:
         """Tag -> mean, with `<tag>/<task>` and the mean over tasks for numbers per task; then starts anew."""
         means: dict[str, float] = {}
-        for tag, total in self.sums.items():
-            values = (total / self.count).tolist()
-            if isinstance(values, list):
-                means |= {f"{tag}/{task}": value for task, value in zip(tasks, values, strict=True)}
-                values = float(np.mean(values))
-            means[tag] = values
-        self.count, self.sums = 0, {}
+        for tag, values in self._by_tag((total / self.count).cpu() for total in self.sums).items():
+            if values.ndim:
+                means |= {f"{tag}/{task}": value for task, value in zip(tasks, values.tolist(), strict=True)}
+            means[tag] = float(np.mean(values.tolist()))
+        self.count, self.sums = 0, []
         return means
 
+    def _stack(self, *parts: dict[str, Tensor]) -> list[Tensor]:
+        self.tags = [sorted(part) for part in parts if part]
+        return [torch.stack([part[tag] for tag in sorted(part)]).double() for part in parts if part]
+
+    def _by_tag(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
+        pairs = zip(self.tags, tensors, strict=False)  # without tensors before the first update
+        return {tag: row for tags, rows in pairs for tag, row in zip(tags, rows, strict=True)}
+
     def state_dict(self) -> dict[str, Tensor]:
-        return self.sums | {"count": torch.tensor(self.count)}
+        return {tag: row.clone() for tag, row in self._by_tag(self.sums).items()} | {"count": torch.tensor(self.count)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         self.count = int(state["count"])
-        self.sums = {tag: value for tag, value in state.items() if tag != "count"}
+        rows = {tag: value for tag, value in state.items() if tag != "count"}
+        parts = [{tag: row for tag, row in rows.items() if bool(row.ndim) == per_task} for per_task in (True, False)]
+        self.sums = self._stack(*parts)
 
 
 class EpisodeStatistics:
@@ -150,6 +160,8 @@ class Stopwatch:
 
     def __init__(self, step: int) -> None:
         self.step, self.started = step, time.perf_counter()
+        self.begun = self.started
+        self.totals: dict[str, float] = {"stepping": 0.0, "update": 0.0, "evaluation": 0.0}
         self.seconds: dict[str, float] = {}
         self.counts: dict[str, int] = {}
 
@@ -158,16 +170,23 @@ class Stopwatch:
         """Add what happens inside to the time of `name`; `count` is 0 where it belongs to what was counted before."""
         before = time.perf_counter()
         yield
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - before
+        taken = time.perf_counter() - before
+        self.seconds[name] = self.seconds.get(name, 0.0) + taken
+        self.totals[name] += taken
         self.counts[name] = self.counts.get(name, 0) + count
 
-    def pop(self, step: int, tasks: int, aggregation_seconds: float) -> dict[str, float]:
+    def shares(self) -> str:
+        """Where all the time since the start went."""
+        whole = time.perf_counter() - self.begun
+        shares = {name: seconds / whole for name, seconds in self.totals.items()}
+        shares["the rest"] = 1 - sum(shares.values())
+        return ", ".join(f"{name} {share:.1%}" for name, share in shares.items())
+
+    def pop(self, step: int, tasks: int) -> dict[str, float]:
         """Tags of the interval that ends at `step`; then starts anew."""
         now = time.perf_counter()
         training = now - self.started - self.seconds.get("evaluation", 0.0)
         tags = {f"time/{name}_ms": 1000 * total / self.counts[name] for name, total in self.seconds.items()}
-        if "update" in self.counts:
-            tags["time/aggregation_ms"] = 1000 * aggregation_seconds / self.counts["update"]
         tags["time/fps"] = (step - self.step) * tasks / training
         self.step, self.started, self.seconds, self.counts = step, now, {}, {}
         return tags

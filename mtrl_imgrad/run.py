@@ -182,7 +182,7 @@ class Run:
             first, _ = self.envs.load_state_dict(envs_state)
         else:
             first, _ = self.envs.reset(seed=config.seed + self.start if self.start else None)
-        self.observations = self.on_device(first)
+        (self.observations,) = self.on_device(first)
         self.folder = resume or create_run(config, self.world.description)
         if resume:
             describe_run(resume, config, self.start)
@@ -199,9 +199,15 @@ class Run:
         if self.evaluation_envs:
             self.evaluation_envs.close()
 
-    def on_device(self, array: np.ndarray) -> Tensor:
-        """Rows `[K * E, .]` of the environments as `[K, E, .]` on the training device."""
-        return torch.as_tensor(array, device=self.device).reshape(*self.rows, *array.shape[1:])
+    def on_device(self, *arrays: np.ndarray) -> list[Tensor]:
+        """Rows `[K * E, .]` of the environments as `[K, E, .]` on the training device, float32, by one copy for all."""
+        columns = [array.reshape(len(array), -1) for array in arrays]
+        together = torch.from_numpy(np.concatenate(columns, axis=1, dtype=np.float32, casting="unsafe"))
+        if self.device.type == "cuda":
+            together = together.pin_memory()
+        moved = together.to(self.device, non_blocking=True).unflatten(0, self.rows)
+        parts = moved.split([column.shape[1] for column in columns], dim=-1)
+        return [part if array.ndim > 1 else part[..., 0] for part, array in zip(parts, arrays, strict=True)]
 
     def act(self, observations: Tensor) -> Tensor:
         """The deterministic policy, for evaluation."""
@@ -231,6 +237,18 @@ class Run:
             else "TensorBoard is off",
         ):
             self.log.print(line)
+
+    def compile_update(self) -> None:
+        """Compile the update where that is configured and there is one to come, and say how long it took."""
+        if not self.config.compile or max(self.start, self.config.sac.warmup) >= self.config.sac.steps:
+            return
+        self.log.print("compiling the update; later runs find it on disk")
+        started = time.perf_counter()
+        failure = self.learner.compile()
+        if failure is None:
+            self.log.print(f"compiled in {time.perf_counter() - started:.0f} s")
+        else:
+            self.log.print(f"warning: the update is not compiled, which is slower ({failure})")
 
     def evaluation(self) -> VectorEnv:
         """The evaluation environments, made when they are first needed."""

@@ -36,6 +36,7 @@ def run_training(run: Run) -> Path:
     """The loop: act, store, learn, evaluate, report, save."""
     config = run.config
     run.announce()
+    run.compile_update()
     sac, learner, replay, random = config.sac, run.learner, run.replay, run.generators
     chosen_goals = goal_subset(run.world.goals, config.eval.goals_per_task)
     watch = Stopwatch(run.start)
@@ -56,16 +57,11 @@ def run_training(run: Run) -> Path:
             next_observations, rewards, terminated, truncated, infos = run.envs.step_wait()
 
         # Store the true next observation: where an episode ended, that is not the one which the next action is for
-        replay.add(
-            run.observations,
-            actions,
-            run.on_device(run.normalizer(rewards)),
-            run.on_device(infos["final_obs"]),
-            run.on_device(terminated),
-            run.on_device(truncated),
-        )
+        outcome = (next_observations, run.normalizer(rewards), infos["final_obs"], terminated, truncated)
+        next_rows, reward_rows, final_rows, terminated_rows, truncated_rows = run.on_device(*outcome)
+        replay.add(run.observations, actions, reward_rows, final_rows, terminated_rows.bool(), truncated_rows.bool())
         run.episodes.add(terminated | truncated, infos)
-        run.observations = run.on_device(next_observations)
+        run.observations = next_rows
 
         # Learn
         if not config.envs.pipeline:
@@ -85,7 +81,7 @@ def run_training(run: Run) -> Path:
         if evaluating or run.due(config.log.every, step) or step == steps[-1]:
             counts = {"train/updates": float(learner.state["updates"]), "rollout/transitions": step * len(run.tasks)}
             counts["train/non_finite"] = int(learner.non_finite.sum())
-            times = watch.pop(step, len(run.tasks), learner.pop_aggregation_seconds())
+            times = watch.pop(step, len(run.tasks))
             times["time/elapsed"] = run.elapsed()
             run.log.row(step, counts | run.episodes.pop(run.tasks) | run.averages.pop(run.tasks) | evaluated | times)
             run.log.tell_non_finite(learner.non_finite, run.tasks, sac.nan_policy)
@@ -97,7 +93,7 @@ def run_training(run: Run) -> Path:
             checkpoint_due = False
 
     last = steps[-1] if steps else run.start
-    run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start")
+    run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start; {watch.shares()}")
     run.save(last)
     if config.eval.final:
         started = time.perf_counter()

@@ -40,10 +40,10 @@ Recorded = dict[str, list[NDArray[np.float64]]]
 def record(run: Run, every: int) -> Recorded:
     """Have the learner's rules keep every n-th Gramian that they are given."""
     recorded: Recorded = {"critic": [], "actor": []}
-    for name, rule in run.learner.rules.items():
+    for name, rule in run.learner.sac.rules.items():
         own = replace(rule)  # critics and actor share one object
         object.__setattr__(own, "aggregate", keeping(own.aggregate, every, recorded[name]))
-        run.learner.rules[name] = own
+        run.learner.sac.rules[name] = own
     return recorded
 
 

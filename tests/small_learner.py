@@ -10,9 +10,10 @@ from torch import Tensor
 
 from mtrl_imgrad.aggregators import AGGREGATORS, Aggregator, Mean
 from mtrl_imgrad.config import Config, NetworkConfig, SacConfig
-from mtrl_imgrad.learner import Learner, Metrics, Noise
+from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.networks import Actor, TwinCritic
 from mtrl_imgrad.replay import Batch
+from mtrl_imgrad.sac_update import Metrics, Noise
 
 TASKS, ROWS, ENTRIES, ACTIONS = 3, 16, 5, 2
 CPU = torch.device("cpu")
@@ -34,11 +35,12 @@ def small_learner(
     config = Config(network=networks, sac=settings, aggregator=rule or Mean(), precision=precision)
     learner = Learner(config, tasks, ENTRIES, ACTIONS, CPU, torch.Generator().manual_seed(1))
     if double:
-        outputs = learner.critic_loss.outputs
-        learner.critic = TwinCritic(networks, tasks, learner.inputs.size, ACTIONS, outputs, torch.float64)
-        learner.actor = Actor(networks, tasks, learner.critic.encoding_size, ACTIONS, torch.float64)
-        learner.state = {name: value.double() for name, value in learner.state.items()}
-        learner.temperature_mixing = learner.temperature_mixing.double()
+        outputs = learner.sac.critic_loss.outputs
+        learner.sac.critic = TwinCritic(networks, tasks, learner.sac.inputs.size, ACTIONS, outputs, torch.float64)
+        learner.sac.actor = Actor(networks, tasks, learner.sac.critic.encoding_size, ACTIONS, torch.float64)
+        learner.state = {
+            name: value.double() if value.is_floating_point() else value for name, value in learner.state.items()
+        }
     return learner
 
 

@@ -187,7 +187,7 @@ def tiny(monkeypatch) -> None:
 TINY_COMMAND = """
     --benchmark.tasks east north --benchmark.goals 4 --aggregator mean --device cpu --network.width 8 --network.depth 2
     --envs.horizon 10 --eval.horizon 10 --eval.every 0 --sac.steps 40 --sac.warmup 20 --sac.batch-per-task 8
-    --log.every 20 --log.tensorboard False"""
+    --log.every 20 --log.tensorboard False --compile False"""
 TINY_FLAGS = TINY_COMMAND.split()
 
 

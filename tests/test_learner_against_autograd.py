@@ -39,24 +39,24 @@ class Reference:
 
     def act(self, observations: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """Actions and log-probabilities; no gradient reaches an encoder."""
-        encoding = self.learner.critic.encode(self.leaves["critic"].detach(), self.inputs(observations))
-        return sac.tanh_gaussian(*self.learner.actor(self.leaves["actor"], encoding), noise)
+        encoding = self.learner.sac.critic.encode(self.leaves["critic"].detach(), self.inputs(observations))
+        return sac.tanh_gaussian(*self.learner.sac.actor(self.leaves["actor"], encoding), noise)
 
     def inputs(self, observations: Tensor) -> Tensor:
-        return self.learner.inputs(self.learner.statistics, observations)
+        return self.learner.sac.inputs(self.learner.state["statistics"], observations)
 
     def outputs(self, vector: Tensor, observations: Tensor, actions: Tensor) -> Tensor:
-        critic = self.learner.critic
+        critic = self.learner.sac.critic
         return critic(vector, critic.encode(vector, self.inputs(observations)), actions)
 
     def critic_losses(self, batch: Batch, noise: Tensor, alpha: Tensor) -> Tensor:
         with torch.no_grad():
             actions, log_prob = self.act(batch.next_observations, noise)
-            values = self.learner.critic_loss.values(self.outputs(self.target, batch.next_observations, actions))
+            values = self.learner.sac.critic_loss.values(self.outputs(self.target, batch.next_observations, actions))
             soft_values = values.min(0).values - alpha[:, None] * log_prob
             targets = self.settings.reward_scale * batch.rewards + batch.discounts * soft_values
         outputs = self.outputs(self.leaves["critic"], batch.observations, batch.actions)
-        return self.learner.critic_loss.losses(outputs, targets)
+        return self.learner.sac.critic_loss.losses(outputs, targets)
 
     def update(self, batch: Batch, noise: Tensor) -> None:
         log_alpha, settings = self.leaves["log_alpha"], self.settings
@@ -66,7 +66,7 @@ class Reference:
         self.step("log_alpha", -(log_alpha * (log_prob.detach() + settings.target_entropy).mean(1)).sum())
         self.step("critic", critic_losses.mean())
         outputs = self.outputs(self.leaves["critic"].detach(), batch.observations, actions)
-        values = self.learner.critic_loss.values(outputs).min(0).values
+        values = self.learner.sac.critic_loss.values(outputs).min(0).values
         self.step("actor", (alpha[:, None] * log_prob - values).mean(1).mean())
         self.target += settings.tau * (self.leaves["critic"].detach() - self.target)
 
@@ -109,7 +109,7 @@ def test_the_step_is_what_the_rule_makes_of_the_task_gradients(rule):
     losses = reference.critic_losses(batch, noise.actions[1], learner.state["log_alpha"].exp())
     leaf = reference.leaves["critic"]
     J = torch.stack([torch.autograd.grad(loss, leaf, retain_graph=True)[0] for loss in losses])
-    shared, old = learner.critic.layout.shared_size, learner.state["critic"].clone()
+    shared, old = learner.sac.critic.layout.shared_size, learner.state["critic"].clone()
     rows, own_rows = J[:, :shared], J[:, shared:]
     needed = rows if rule.needs == "jacobian" else None
     expected = rule.aggregate(rows @ rows.T, noise.critic, losses, needed)

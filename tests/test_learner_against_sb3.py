@@ -16,9 +16,10 @@ from torch import Tensor
 
 from mtrl_imgrad.aggregators import Mean
 from mtrl_imgrad.config import Config, NetworkConfig, SacConfig
-from mtrl_imgrad.learner import Learner, Noise
+from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.networks import Actor, Layout, TwinCritic
 from mtrl_imgrad.replay import Batch
+from mtrl_imgrad.sac_update import Noise
 
 ROWS, ENTRIES, ACTIONS = 32, 5, 2
 GAMMA, LR, TAU, WIDTH, DEPTH = 0.97, 3e-3, 0.02, 16, 2
@@ -63,9 +64,9 @@ class Pair:
         if name == "actor":  # two heads there, one here: means, then log standard deviations
             *hidden, mean, log_std = pairs
             head = tuple(torch.cat(both) for both in zip(mean, log_std, strict=True))
-            return self.vector(self.ours.actor.layout, [[*hidden, head]])
+            return self.vector(self.ours.sac.actor.layout, [[*hidden, head]])
         half = len(pairs) // 2
-        return self.vector(self.ours.critic.layout, [pairs[:half], pairs[half:]])
+        return self.vector(self.ours.sac.critic.layout, [pairs[:half], pairs[half:]])
 
     def weights(self, name: str) -> Tensor:
         network = {"target_critic": self.theirs.critic_target, "critic": self.theirs.critic, "actor": self.theirs.actor}
@@ -84,9 +85,8 @@ def _pair(monkeypatch, epsilon: float) -> Pair:
     )  # fmt: skip
     config = Config(network=network, sac=settings, aggregator=Mean())
     ours = Learner(config, 1, ENTRIES, ACTIONS, torch.device("cpu"), torch.Generator().manual_seed(1))
-    ours.critic = TwinCritic(network, 1, ENTRIES, ACTIONS, 1, torch.float64)
-    ours.actor = Actor(network, 1, ENTRIES, ACTIONS, torch.float64)
-    ours.temperature_mixing = ours.temperature_mixing.double()
+    ours.sac.critic = TwinCritic(network, 1, ENTRIES, ACTIONS, 1, torch.float64)
+    ours.sac.actor = Actor(network, 1, ENTRIES, ACTIONS, torch.float64)
 
     theirs = SAC(
         "MlpPolicy", Still(), policy_kwargs={"net_arch": [WIDTH] * DEPTH}, gamma=GAMMA, tau=TAU, learning_rate=LR,

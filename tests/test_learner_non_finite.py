@@ -43,7 +43,7 @@ def _huge(learner: Learner, reward: float, observation: float) -> Batch:
     """Finite numbers of task 1 that overflow in the critics; their heads of that task are 0, so that its gradient of
     the shared trunk is exactly 0."""
     for name in ("head.weight", "head.bias"):
-        learner.critic.layout.views(learner.state["critic"])[name][:, 1] = 0
+        learner.sac.critic.layout.views(learner.state["critic"])[name][:, 1] = 0
     batch = random_batch()
     batch.rewards[1], batch.observations[1] = reward, observation
     return batch

@@ -60,9 +60,9 @@ def test_the_rules_state_moves_with_an_update_and_not_with_a_rejected_one(rule: 
 def test_critics_and_actor_have_a_state_each_of_their_own_size() -> None:
     learner = small_learner(rule=MoCo(), network={"kind": "multi_head"})
     for network in ("critic", "actor"):
-        shared = getattr(learner, network).layout.shared_size
+        shared = getattr(learner.sac, network).layout.shared_size
         assert learner.state[f"{network}/rule/tracked"].shape == (TASKS, shared)
-    assert learner.rules["critic"] is not learner.rules["actor"]
+    assert learner.sac.rules["critic"] is not learner.sac.rules["actor"]
 
 
 @pytest.mark.parametrize("rule", CRITIC_ONLY.values(), ids=CRITIC_ONLY)
@@ -87,7 +87,7 @@ class Shifted(SquaredLoss):
 def test_a_negative_loss_is_counted_for_its_task_and_changes_nothing(rule: Aggregator, kind: str) -> None:
     learner = small_learner(rule=rule, network={"kind": kind})
     update(learner)
-    learner.critic_loss = Shifted()
+    learner.sac.critic_loss = Shifted()
     before = state_copy(learner)
     update(learner, seed=2)
     assert changed(before, learner) == {"non_finite"}
@@ -96,7 +96,7 @@ def test_a_negative_loss_is_counted_for_its_task_and_changes_nothing(rule: Aggre
 
 def test_a_negative_loss_is_nothing_to_other_rules() -> None:
     learner = small_learner(rule=IMGrad())
-    learner.critic_loss = Shifted()
+    learner.sac.critic_loss = Shifted()
     update(learner)
     assert not learner.non_finite.any()
 
@@ -129,9 +129,9 @@ def test_famo_sees_the_losses_on_the_same_batch_with_the_same_targets_after_the_
     metrics = learner.update(batch, draw_noise(learner, 5))
     losses, new_losses = seen[1]
     torch.testing.assert_close(losses, metrics.per_task["train/critic_loss"])
-    inputs = learner.inputs(learner.statistics, batch.observations)
-    encoding = learner.critic.encode(learner.state["critic"], inputs)
-    outputs = learner.critic(learner.state["critic"], encoding, batch.actions)
+    inputs = learner.sac.inputs(learner.state["statistics"], batch.observations)
+    encoding = learner.sac.critic.encode(learner.state["critic"], inputs)
+    outputs = learner.sac.critic(learner.state["critic"], encoding, batch.actions)
     torch.testing.assert_close(new_losses, losses_of(SquaredLoss(), outputs, targets[0]))  # the critics alone are new
     assert (new_losses != losses).all()
     assert not new_losses.requires_grad
@@ -169,7 +169,9 @@ def test_own_parameters_follow_the_weights_of_a_rule_on_losses() -> None:
     famo, mean = (small_learner(rule=rule, network={"kind": "multi_head"}) for rule in (FAMO(), Mean()))
     weights = update(famo).per_task["gradients/critic/weight"]
     update(mean)
-    found, plain = (learner.critic.layout.views(learner.state["critic/m"])["head.weight"] for learner in (famo, mean))
+    found, plain = (
+        learner.sac.critic.layout.views(learner.state["critic/m"])["head.weight"] for learner in (famo, mean)
+    )
     torch.testing.assert_close(found, plain * (TASKS * weights).float()[:, None, None], rtol=1e-4, atol=1e-7)
 
 

@@ -10,10 +10,17 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from mtrl_imgrad import task_gradients as module
 from mtrl_imgrad.config import NetworkConfig
 from mtrl_imgrad.losses import CategoricalLoss, SquaredLoss, actor_losses, tanh_gaussian
 from mtrl_imgrad.networks import Actor, Layout, ObservationInput, Tape, TwinCritic
-from mtrl_imgrad.task_gradients import TaskGradients, task_gradients
+from mtrl_imgrad.task_gradients import (
+    ChunkedTaskGradients,
+    TaskGradients,
+    block_gramian,
+    chunked_task_gradients,
+    task_gradients,
+)
 
 TASKS, ROWS, ENTRIES, ACTIONS = 3, 8, 5, 2
 NETWORKS = [
@@ -74,6 +81,12 @@ def _taped(problem: Problem, which: str) -> TaskGradients:
     return task_gradients(losses(vector, tape), tape, layout)
 
 
+def _in_pieces(problem: Problem, which: str) -> ChunkedTaskGradients:
+    losses, layout, vector = problem.parts(which)
+    tape = Tape()
+    return chunked_task_gradients(losses(vector, tape), tape, layout)
+
+
 def _oracle(problem: Problem, which: str) -> Tensor:
     """[K, P]: one backward pass per task through torch's own graph of the parameter vector."""
     losses, _, vector = problem.parts(which)
@@ -95,13 +108,17 @@ def _compare(problem: Problem, which: str, tolerance: float) -> None:
     # Every entry of a task's own parameters belongs to one task only, so the sum over tasks gathers them all.
     assert (own != 0).sum(0).le(1).all()
     ones = own.new_ones(problem.tasks)
-    assert gradients.own_direction(ones).shape == own.shape[1:]
     if own.numel():
-        _assert_close(gradients.own_direction(ones), own.sum(0), tolerance)
+        _assert_close(torch.cat(gradients.own_parts(ones)), own.sum(0), tolerance)
         weights = torch.linspace(-1.0, 2.0, problem.tasks, dtype=torch.float64)
-        _assert_close(gradients.own_direction(weights), weights.to(own.dtype) @ own, tolerance)
+        _assert_close(torch.cat(gradients.own_parts(weights)), weights.to(own.dtype) @ own, tolerance)
     _assert_close(gradients.gramian(), J.double() @ J.double().T, 10 * tolerance)
     assert gradients.gramian().dtype == torch.float64
+    chunked = _in_pieces(problem, which)
+    _assert_close(chunked.gramian(), gradients.gramian(), 10 * tolerance)
+    weights = torch.linspace(-1.0, 2.0, problem.tasks, dtype=torch.float64)
+    for own_weights in (None, weights):
+        _assert_close(chunked.combine(weights, own_weights), gradients.combine(weights, own_weights), tolerance)
 
 
 @pytest.mark.parametrize("which", ["critic", "actor"])
@@ -178,3 +195,24 @@ def test_cost_is_that_of_one_backward_pass_for_any_number_of_tasks(which):
 def test_gradients_hold_no_graph():
     gradients = _taped(Problem(NetworkConfig(kind="multi_head", width=9, depth=2), torch.float32), "critic")
     assert not any(x.requires_grad for x in [*gradients.shared, *gradients.own, gradients.gramian()])
+
+
+def test_no_piece_of_a_chunked_jacobian_is_larger_than_allowed_and_the_gramian_is_the_same(monkeypatch):
+    problem = Problem(NetworkConfig(width=9, depth=2, layer_norm="affine"), torch.float64)
+    whole, sizes = _taped(problem, "critic").gramian(), []
+    limit = 2 * TASKS * 9 * 2  # two input columns of the widest layer
+    monkeypatch.setattr(module, "PIECE", limit)
+    monkeypatch.setattr(module, "block_gramian", lambda block: sizes.append(block.numel()) or block_gramian(block))
+    chunked = _in_pieces(problem, "critic")
+    _assert_close(chunked.gramian(), whole, 1e-12)
+    assert max(sizes) <= limit
+    assert sum(sizes) == TASKS * problem.critic.layout.shared_size
+
+
+@pytest.mark.parametrize("size", [1, 13, 1024, 1031, 4096, 160_000])
+def test_the_gramian_of_opposed_float32_gradients_is_close_to_their_float64_products(size):
+    block = torch.randn(2, 4, size, generator=torch.Generator().manual_seed(1))
+    block[:, 1] = -block[:, 0]
+    exact = (block.double() @ block.double().mT).sum(0)
+    tolerance = 3e-7 if size < 100_000 else 2e-8  # rounding errors of many pieces cancel
+    assert (block_gramian(block) - exact).abs().max() < tolerance * exact.diagonal().mean()

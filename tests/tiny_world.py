@@ -162,6 +162,7 @@ def tiny_config(run_dir: object, **sections: Any) -> Config:
         "run_dir": str(run_dir),
         "device": "cpu",
         "threads": 1,
+        "compile": False,
         "benchmark": BenchmarkConfig(tasks=("east", "north", "west", "south"), goals=10),
         "envs": EnvsConfig(horizon=10),
         "network": NetworkConfig(kind="multi_head", width=64, depth=2),

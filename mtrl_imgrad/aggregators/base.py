@@ -63,8 +63,8 @@ class Given:
     """What the last call left in `Aggregation.state`, or `initial_state`."""
 
     rounding: float = torch.finfo(torch.float64).eps
-    """How well M is known: M_ij to about this times ||g_i|| ||g_j||, by the dtype that it was given in. What M says of
-    directions shorter than that is noise."""
+    """How well M is known: M_ij to about this times ||g_i|| ||g_j||. What M says of directions shorter than that is
+    noise."""
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,7 @@ class Aggregator(ABC):
         losses: Float[Tensor, "*batch tasks"] | None = None,
         jacobian: Float[Tensor, "tasks parameters"] | None = None,
         state: Mapping[str, Tensor] | None = None,
+        rounding: float | None = None,
     ) -> Aggregation:
         """Weights for one Gramian or a batch of them; a pure function, which raises for wrong shapes alone.
 
@@ -170,12 +171,13 @@ class Aggregator(ABC):
         with a NaN or infinity gives weights and diagnostics NaN for that batch element.
 
         Args:
-            gramian: any real dtype, any device with float64. A float64 one is taken to be exact to float64: multiply J
-                in float64, or hand in what you have in float32, see `Given.rounding`.
+            gramian: any real dtype, any device with float64.
             noise: from `draw_noise`.
             losses: the tasks' losses.
             jacobian: J, where the rule needs it.
             state: from the last call's `Aggregation.state`; None means `initial_state`.
+            rounding: how well M is known, see `Given.rounding`; None takes it from M's dtype, so a float64 M is then
+                taken to be exact to float64.
 
         Raises:
             ValueError: the last two dimensions are not equal and positive, the dtype is complex, there is not one loss
@@ -212,7 +214,7 @@ class Aggregator(ABC):
             None if losses is None else losses.detach().to(torch.float64),
             None if jacobian is None else jacobian.detach(),
             dict(state),
-            rounding_error(gramian.dtype),
+            rounding_error(gramian.dtype) if rounding is None else rounding,
         )
         result = self.solve(given)
 

@@ -38,6 +38,6 @@ def correlations(gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tens
     ridges = torch.logspace(-13, -1, len(RIDGES), dtype=gramian.dtype, device=gramian.device)
     failed = torch.linalg.cholesky_ex(matrix[..., None, :, :] + ridges[:, None, None] * identity).info != 0
     index = failed.int().cumprod(-1).sum(-1).clamp(max=len(RIDGES) - 1)
-    ridge = ridges[index]
+    ridge = ridges.take(index)
     matrix = matrix + ridge[..., None, None] * identity
     return Correlations(norms, matrix, torch.linalg.cholesky_ex(matrix).L, ridge)

@@ -132,7 +132,7 @@ def with_ridge(problem: Problem) -> tuple[Tensor, Tensor]:
     diagonals = torch.where(problem.active[..., None, :], ridges[:, None] * problem.row_norms[..., None, :], 1.0)
     failed = torch.linalg.cholesky_ex(problem.matrix[..., None, :, :] + torch.diag_embed(diagonals)).info != 0
     index = failed.int().cumprod(-1).sum(-1).clamp(max=len(RIDGES) - 1)
-    ridge = ridges[index]
+    ridge = ridges.take(index)  # indexing by a tensor without dimensions would wait for the device
     return problem.matrix + torch.diag_embed(ridge[..., None] * problem.row_norms), ridge
 
 

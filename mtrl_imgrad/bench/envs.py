@@ -4,21 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import psutil
 
-from mtrl_imgrad.bench_option import OPTIONS
+from mtrl_imgrad.bench import machine
+from mtrl_imgrad.bench.env_option import OPTIONS
 
 HORIZON = 500
 """Meta-World's episode length."""
@@ -54,17 +52,16 @@ class Option:
     def __init__(self, name: str, tasks: str, horizon: int, steps: int) -> None:
         self.name = name
         self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115  (closed with the process)
-        script = Path(__file__).with_name("bench_option.py")
-        # -P: the folder of the script is not for imports; the one above it is, in a checkout.
+        script = Path(__file__).with_name("env_option.py")
+        # -P: the folder of the script is not for imports.
         command = [sys.executable, "-P", "-W", "ignore", str(script), name, tasks, *map(str, (SEED, horizon, steps))]
-        paths = [str(script.parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
         self._process = subprocess.Popen(
             command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._errors,
             text=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+            env=machine.environment(),
         )
 
     def ask(self, request: str) -> dict[str, float]:
@@ -143,7 +140,7 @@ def bench_envs(tasks: str, steps: int, repeats: int, names: tuple[str, ...] = ()
         for _ in range(repeats):
             for option in options:
                 into = measured[option.name]
-                into.others.append(psutil.cpu_percent(interval=0.2) / 100 * (psutil.cpu_count() or 1))
+                into.others.append(machine.busy_cores(0.2))
                 answer = option.ask("run")
                 into.milliseconds.append(answer["seconds"] * 1e3 / steps)
                 into.longest += [answer["longest"] * 1e3] if "longest" in answer else []
@@ -208,11 +205,4 @@ def disturbance(measured: dict[str, Measured]) -> str:
 def as_json(measured: dict[str, Measured], settings: dict[str, Any]) -> str:
     """Every round of every option, the settings, and what they were measured on."""
     packages = ("metaworld", "mujoco", "gymnasium", "numpy", "stable-baselines3")
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "logical_cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-    }
-    options = {name: asdict(one) for name, one in measured.items()}
-    return json.dumps({"settings": settings, "machine": machine, "options": options}, indent=1) + "\n"
+    return machine.as_json({"options": {name: asdict(one) for name, one in measured.items()}}, settings, packages)

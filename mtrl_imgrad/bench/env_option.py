@@ -1,7 +1,7 @@
-"""One way of stepping Meta-World, in a process of its own: what `bench` measures.
+"""One way of stepping Meta-World, in a process of its own: what `bench envs` measures.
 
-`bench` starts this file with an option's name, a task set, a seed, an episode length and a number of vector steps. It
-answers each line on its input with a line of JSON: `construct` (seconds), `warm` (seconds), then as often as wanted
+`bench envs` starts this file with an option's name, a task set, a seed, an episode length and a number of vector steps.
+It answers each line on its input with a line of JSON: `construct` (seconds), `warm` (seconds), then as often as wanted
 `run` (seconds, and those of the longest vector step).
 """
 
@@ -101,7 +101,8 @@ class Physics:
 
     def run(self, episodes: int) -> None:
         if not self._in_step:
-            list(self._threads.map(_RecordedEpisode.play, self._episodes * episodes))
+            # One thread plays an episode as often as asked: two at once would share its MuJoCo data.
+            list(self._threads.map(partial(_RecordedEpisode.play, times=episodes), self._episodes))
             return
         (mine, *others), wait = self._dealt, concurrent.futures.wait
         for _ in range(episodes):
@@ -148,10 +149,11 @@ class _RecordedEpisode:
         self._mujoco.mj_step(self._model, data, self._substeps)
         self._mujoco.mj_forward(self._model, data)
 
-    def play(self) -> None:
-        self.start()
-        for step in range(len(self._controls)):
-            self.step(step)
+    def play(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.start()
+            for step in range(len(self._controls)):
+                self.step(step)
 
 
 def _step_all(episodes: Sequence[_RecordedEpisode], step: int) -> None:
@@ -161,7 +163,7 @@ def _step_all(episodes: Sequence[_RecordedEpisode], step: int) -> None:
 
 def empty_ours(tasks: str, seed: int, horizon: int, workers: int) -> Step:
     """`MetaworldVectorEnv` over tasks that cost nothing."""
-    from mtrl_imgrad.bench_empty import EmptyRows
+    from mtrl_imgrad.bench.empty import EmptyRows
     from mtrl_imgrad.envs import Goals, MetaworldVectorEnv, expand_tasks
 
     names = expand_tasks((tasks,))
@@ -175,7 +177,7 @@ def empty_gymnasium(tasks: str, seed: int, horizon: int, kind: str) -> Step:
     """gymnasium's SyncVectorEnv or AsyncVectorEnv over tasks that cost nothing."""
     from gymnasium import vector
 
-    from mtrl_imgrad.bench_empty import EmptyEnv
+    from mtrl_imgrad.bench.empty import EmptyEnv
 
     makers = [partial(EmptyEnv, horizon)] * int(tasks.removeprefix("MT"))
     envs = getattr(vector, kind)(makers, autoreset_mode=vector.AutoresetMode.SAME_STEP)

@@ -8,8 +8,8 @@ import numpy as np
 import psutil
 import pytest
 
-from mtrl_imgrad.bench import BASELINE, LIMIT, Measured, Option, as_json, bench_envs, disturbance, ratio, table
-from mtrl_imgrad.bench_option import OPTIONS, Physics
+from mtrl_imgrad.bench.env_option import OPTIONS, Physics
+from mtrl_imgrad.bench.envs import BASELINE, LIMIT, Measured, Option, as_json, bench_envs, disturbance, ratio, table
 from mtrl_imgrad.cli import main
 
 ROUNDS = {

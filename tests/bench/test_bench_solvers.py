@@ -9,18 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from mtrl_imgrad import bench_solvers
-from mtrl_imgrad.aggregators import AGGREGATORS
-from mtrl_imgrad.bench_solvers import (
-    KERNEL_RULES,
-    TORCHJD,
-    as_json,
-    measured_rules,
-    options,
-    random_gramian,
-    ratio,
-    table,
-)
+from mtrl_imgrad.aggregators import AGGREGATORS, ConicGrad
+from mtrl_imgrad.bench.solver_references import CONE, KERNEL_RULES, Clarabel, slsqp
+from mtrl_imgrad.bench.solvers import TORCHJD, as_json, measured_rules, options, random_gramian, ratio, table
 from mtrl_imgrad.cli import main
 
 MEASURED = {
@@ -64,8 +55,8 @@ def test_the_cone_is_active_somewhere_and_answered_alike():
     gramian = torch.from_numpy(random_gramian("imbalanced", 3, seed=1))
     factor = np.linalg.cholesky(gramian.numpy())
     calls, _ = options(3)
-    ours = bench_solvers.AGGREGATORS["conicgrad"](c=bench_solvers.CONE).aggregate(gramian)  # pyright: ignore
-    assert ours.diagnostics["cos_theta"] < bench_solvers.CONE
+    ours = ConicGrad(c=CONE).aggregate(gramian)
+    assert ours.diagnostics["cos_theta"] < CONE
     expected = ours.weights.numpy() @ factor
     for way in ("clarabel", "slsqp"):
         given = np.asarray(calls["conicgrad", way](gramian)) @ factor
@@ -73,12 +64,12 @@ def test_the_cone_is_active_somewhere_and_answered_alike():
 
 
 def test_clarabel_is_given_new_data_at_every_call():
-    clarabel = bench_solvers.Clarabel(3)
+    clarabel = Clarabel(3)
     for seed in (1, 2, 1):
         gramian = random_gramian("conflict", 3, seed)
         for norm, quadratic in ((0.3, 0.0), (0.0, 1.0)):
             weights = clarabel(gramian, gramian.mean(1), norm, quadratic)
-            expected = bench_solvers.slsqp(gramian, gramian.mean(1), norm, quadratic)
+            expected = slsqp(gramian, gramian.mean(1), norm, quadratic)
             np.testing.assert_allclose(weights, expected, atol=1e-4)
 
 

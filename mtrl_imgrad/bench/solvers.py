@@ -1,7 +1,7 @@
 """`mtrl-imgrad bench solvers`: what one call of a rule costs on one CPU thread, beside other ways to solve its problem.
 
 The measurement runs in a process of its own, because the libraries read their number of threads when they start:
-`python -m mtrl_imgrad.bench_solvers TASKS,... ROUNDS` prints every time as JSON. Times are CPU times of that process,
+`python -m mtrl_imgrad.bench.solvers TASKS,... ROUNDS` prints every time as JSON. Times are CPU times of that process,
 over all its threads, so that other programs on the machine count less.
 
 * ours: the whole call from the Gramian to the weights, for every rule that needs no more; where a rule has a solver, on
@@ -17,38 +17,33 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import json
-import math
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import torch
-from numpy.typing import NDArray
-from scipy import sparse
-from scipy.optimize import minimize
 
 from mtrl_imgrad.aggregators import AGGREGATORS
+from mtrl_imgrad.bench import machine
+from mtrl_imgrad.bench.solver_references import (
+    CONE,
+    KERNEL_RULES,
+    RADIUS,
+    Array,
+    Clarabel,
+    Kernel,
+    slsqp,
+    weights_by,
+)
 
-Array = NDArray[np.float64]
 Call = Callable[[torch.Tensor], object]
 """Solves for one Gramian."""
 
 FAMILIES = ("gauss", "shared", "imbalanced", "parallel", "conflict", "lowrank")
 THREADS = ("OMP", "MKL", "OPENBLAS", "RAYON", "NUMEXPR")
-RADIUS = 0.4
-"""c of CAGrad and IMGrad."""
-CONE = 0.5
-"""c of ConicGrad."""
-RIDGE = 1e-13
 TORCHJD: dict[str, tuple[str, dict[str, Any]]] = {
     "mgda": ("MGDAWeighting", {}),
     "cagrad": ("CAGradWeighting", {"c": RADIUS}),
@@ -79,118 +74,6 @@ def random_gramian(family: str, num_tasks: int, seed: int) -> Array:
         "lowrank": random.standard_normal((num_tasks, rank)) @ random.standard_normal((rank, length)),
     }[family]
     return jacobian @ jacobian.T
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The problem behind the rules, min over the simplex of p.w + r ||J^T w|| + (q/2) ||J^T w||^2, by other solvers
-# ---------------------------------------------------------------------------------------------------------------------
-
-Kernel = Callable[[Array, Array, float, float], Array]
-"""From M, p, r, q to w."""
-
-
-class Clarabel:
-    """Clarabel's problems of one size, built once. Variables are w and, for the norm, t >= ||L^T w|| with M = L L^T."""
-
-    def __init__(self, num_tasks: int) -> None:
-        clarabel = importlib.import_module("clarabel")
-        settings = clarabel.DefaultSettings()
-        settings.verbose, settings.presolve_enable, settings.max_threads = False, False, 1
-        self.num_tasks = num_tasks
-        self.lower, self.columns = np.tril_indices(num_tasks)
-        ones, nothing = np.ones(num_tasks), np.zeros(num_tasks)
-        upper = sparse.csc_matrix(np.triu(np.ones((num_tasks, num_tasks))))
-
-        simplex = sparse.vstack([sparse.csc_matrix(ones), -sparse.eye(num_tasks)])
-        cones = [clarabel.ZeroConeT(1), clarabel.NonnegativeConeT(num_tasks)]
-        bounds = np.append(1.0, nothing)
-        self.quadratic = clarabel.DefaultSolver(upper, nothing, sparse.csc_matrix(simplex), bounds, cones, settings)
-
-        # Columns of A: w_j has 1, -1 and row j of -L, i.e. column j of -L^T; t has -1.
-        cone = sparse.vstack([sparse.csc_matrix((1, num_tasks)), -upper])
-        last = sparse.csc_matrix(([-1.0], ([num_tasks + 1], [0])), shape=(2 * num_tasks + 2, 1))
-        constraints = sparse.csc_matrix(sparse.hstack([sparse.vstack([simplex, cone]), last]))
-        constraints.sort_indices()
-        self.values = constraints.data.copy()
-        ends = constraints.indptr
-        # In column j of A: 1, -1, then entries 0..j of column j of -L^T
-        self.factor_at = np.concatenate([np.arange(ends[j] + 2, ends[j + 1]) for j in range(num_tasks)])
-        cones = [*cones, clarabel.SecondOrderConeT(num_tasks + 1)]
-        bounds = np.append(bounds, np.zeros(num_tasks + 1))
-        empty = sparse.csc_matrix((num_tasks + 1, num_tasks + 1))
-        self.conic = clarabel.DefaultSolver(empty, np.append(nothing, 1.0), constraints, bounds, cones, settings)
-
-    def __call__(self, matrix: Array, linear: Array, norm: float, quadratic: float) -> Array:
-        if quadratic:
-            # Column by column, the upper triangle of M is the lower one row by row.
-            self.quadratic.update(P=quadratic * matrix[self.lower, self.columns], q=linear)
-            return np.array(self.quadratic.solve().x)
-        factor = np.linalg.cholesky(matrix + RIDGE * np.diag(np.diagonal(matrix)))
-        self.values[self.factor_at] = -factor[self.lower, self.columns]
-        self.conic.update(A=self.values, q=np.append(linear, norm))
-        return np.array(self.conic.solve().x)[: self.num_tasks]
-
-
-def slsqp(matrix: Array, linear: Array, norm: float, quadratic: float) -> Array:
-    """scipy's SLSQP from the uniform weights."""
-
-    def value(weights: Array) -> tuple[float, Array]:
-        image = matrix @ weights
-        length = math.sqrt(max(float(weights @ image), 1e-300))
-        objective = linear @ weights + norm * length + quadratic / 2 * length**2
-        return float(objective), linear + (norm / length + quadratic) * image
-
-    num_tasks = len(linear)
-    total = {"type": "eq", "fun": lambda weights: weights.sum() - 1.0, "jac": lambda weights: np.ones(num_tasks)}
-    return minimize(
-        value,
-        np.full(num_tasks, 1.0 / num_tasks),
-        jac=True,
-        bounds=[(0.0, 1.0)] * num_tasks,
-        constraints=[total],
-        method="SLSQP",
-        options={"ftol": 1e-9, "maxiter": 200},
-    ).x
-
-
-def weights_by(rule: str, kernel: Kernel, gramian: torch.Tensor) -> Array:
-    """Row weights of a rule's direction, its minimisation done by `kernel`."""
-    matrix = gramian.numpy()
-    matrix = matrix / np.diagonal(matrix).mean()
-    num_tasks = len(matrix)
-    products = matrix.mean(1)
-    mean_norm = math.sqrt(products.mean())
-    shortest, cosine = np.zeros(0), 0.0
-    if rule in ("mgda", "imgrad", "conicgrad"):
-        shortest = kernel(matrix, np.zeros(num_tasks), 0.0, 1.0)
-        length = math.sqrt(max(float(shortest @ matrix @ shortest), 1e-20))
-        cosine = min(max(float(shortest @ products) / (length * mean_norm), 0.0), 1.0)
-        if rule == "mgda":
-            return shortest
-        if rule == "conicgrad" and cosine >= CONE:
-            return mean_norm / length * shortest
-    radius, linear, norm = RADIUS * mean_norm, products, RADIUS * mean_norm
-    if rule == "imgrad":
-        linear, norm = (1.5 - cosine) * products, cosine * radius
-    if rule == "conicgrad":
-        along = products / mean_norm
-        matrix, linear, norm = matrix - np.outer(along, along), CONE * along, math.sqrt(1.0 - CONE**2)
-        matrix = matrix + RIDGE * np.eye(num_tasks)
-    weights = kernel(matrix, linear, norm, 0.0)
-    unit = weights / math.sqrt(max(float(weights @ matrix @ weights), 1e-20))
-    if rule == "conicgrad":
-        projected = mean_norm * unit - float(unit @ linear) / CONE / num_tasks
-        return CONE / num_tasks + norm * projected
-    return (1.0 / num_tasks + radius * unit) / (1.0 + RADIUS**2)
-
-
-KERNEL_RULES = ("mgda", "cagrad", "imgrad", "conicgrad")
-"""Rules that `weights_by` knows."""
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Measuring
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def measured_rules() -> list[str]:
@@ -277,25 +160,10 @@ def bench_solvers(tasks: Sequence[int], rounds: int) -> dict[str, Any]:
         raise ValueError(f"tasks: {' '.join(map(str, tasks))!r} is not allowed; numbers of tasks are 2 or more")
     if rounds < 1:
         raise ValueError(f"repeats: {rounds} is less than 1")
-    environment = os.environ | {f"{name}_NUM_THREADS": "1" for name in THREADS}
-    paths = [str(Path(__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "mtrl_imgrad.bench_solvers",
-        ",".join(map(str, tasks)),
-        str(rounds),
-    ]
-    others = psutil.cpu_percent(interval=0.5) / 100 * (psutil.cpu_count() or 1)
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment | {"PYTHONPATH": os.pathsep.join(paths)}
-    )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or ["nothing was said"]
-        raise ChildProcessError(f"bench: the measurement ended with exit code {done.returncode}: {said[-1]}")
-    return json.loads(done.stdout) | {"others": others}
+    others = machine.busy_cores(0.5)
+    arguments = [",".join(map(str, tasks)), str(rounds)]
+    measured = machine.answer_of(__name__, arguments, {f"{name}_NUM_THREADS": "1" for name in THREADS})
+    return measured | {"others": others}
 
 
 Times = dict[str, list[float]]
@@ -329,25 +197,13 @@ def table(measured: dict[str, Any]) -> str:
                     f"{milliseconds:>9.3f}  {slowest} {medians[slowest]:.3f}"
                 )
     lines += measured["missing"]
-    lines.append(f"other programs used {measured['others']:.1f} of {psutil.cpu_count()} cores before the run")
+    lines.append(machine.others_before(measured["others"]))
     return "\n".join(lines)
 
 
 def as_json(measured: dict[str, Any], settings: dict[str, Any]) -> str:
     """Every round, the settings, and what they were measured on."""
-    versions = {}
-    for name in ("torch", "numpy", "scipy", "clarabel", "torchjd"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    machine = {
-        "processor": platform.processor() or platform.machine(),
-        "logical_cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": versions,
-    }
-    return json.dumps({"settings": settings, "machine": machine} | measured, indent=1) + "\n"
+    return machine.as_json(measured, settings, ("torch", "numpy", "scipy", "clarabel", "torchjd"))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""`mtrl-imgrad bench`: what things cost on the machine it runs on."""

@@ -1,0 +1,51 @@
+"""What all commands share: tyro's parser of dataclasses, and how a user's mistake is told."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import tyro
+
+PROGRAM = "mtrl-imgrad"
+
+
+class UserError(Exception):
+    """A mistake of the user's, told in at most two lines."""
+
+
+@contextlib.contextmanager
+def told_as_user_errors() -> Iterator[None]:
+    """Errors that a wrong field, path or task raises, as a UserError. Training itself does not run under it: a bug
+    there must show its traceback."""
+    try:
+        yield
+    except (ValueError, MemoryError, OSError) as error:
+        raise UserError(str(error)) from None
+
+
+def parse(kind: Any, arguments: Sequence[str], command: str, description: str | None = None) -> Any:
+    """tyro's parser, with its boxed messages told in two lines.
+
+    Raises:
+        UserError: an argument is wrong.
+        SystemExit: help was asked for and printed.
+    """
+    message = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(message):
+            config = (tyro.conf.FlagConversionOff,)
+            return tyro.cli(
+                kind, args=list(arguments), prog=f"{PROGRAM} {command}", description=description, config=config
+            )
+    except SystemExit as stop:
+        if stop.code in (0, None):
+            raise
+    lines = [re.sub(r"[│╭╮╰╯├┤─]|\x1b\[[0-9;]*m", " ", line).strip(" -") for line in message.getvalue().splitlines()]
+    filled = [line for line in lines if line]
+    ends = ("Perhaps you meant", "Argument helptext", "For full helptext", "Arguments similar")
+    until = next((i for i, line in enumerate(filled) if line.startswith(ends)), len(filled))
+    raise UserError(f"{' '.join(filled[1:until]).rstrip('.')}.\nSee `{PROGRAM} {command} --help`.")
