@@ -2,8 +2,8 @@
 
 The update, its backward passes included, is traced into one graph of tensor operations, which torch.compile takes with
 `fullgraph=True`. On a CPU an aggregator is one opaque operator of that graph: its host solver (numpy) is faster there
-than a compiled iteration of fixed length, and a user's rule may be any Python. On a GPU the aggregator is traced too,
-and nothing in the graph waits for the host.
+than a compiled iteration of fixed length, and a user's `solve` may be any Python. On a GPU the aggregator is traced
+too, and nothing in the graph waits for the host.
 
 The graph is for fixed shapes and made once; torch keeps what it compiled on disk for the next process.
 """
@@ -34,12 +34,15 @@ OPERATOR = (
 )
 RULES: WeakValueDictionary[int, Aggregator] = WeakValueDictionary()
 """What the first argument of an operator stands for: a graph can hold numbers and tensors alone."""
-NUMBERS = itertools.count()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # An aggregator as one operator
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+class CompilationError(RuntimeError):
+    """There is no compiled update."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ def opaque(rule: Aggregator, tasks: int, parameters: int, state: State, dtype: t
     equal rule, here or in another process, fits.
 
     Args:
-        rule: any rule.
+        rule: any rule; it is called once.
         tasks: K.
         parameters: shared parameters, the columns of J.
         state: what the rule remembers.
@@ -112,12 +115,11 @@ def opaque(rule: Aggregator, tasks: int, parameters: int, state: State, dtype: t
     noise = rule.draw_noise(tasks, torch.Generator(), parameters)
     jacobian = torch.eye(tasks, parameters, dtype=dtype) if rule.needs == "jacobian" else None
     names = sorted(state)
-    # A copy, since a foreign rule may remember the call.
-    example = copy.deepcopy(rule).aggregate(
-        torch.eye(tasks, dtype=torch.float64), noise, torch.ones(tasks, dtype=dtype), jacobian, state
-    )
+    losses = torch.ones(tasks, dtype=dtype)
+    example = rule.aggregate(torch.eye(tasks, dtype=torch.float64), noise, losses, jacobian, state)
     shapes = [(part.shape, part.dtype) for part in flattened(example)]
-    kind = f"{type(rule).__module__} {type(rule).__qualname__} {rule!r} {tasks} {parameters} {dtype}"
+    outputs = (names, list(example.diagnostics), shapes)
+    kind = f"{outputs} {type(rule).__module__} {type(rule).__qualname__} {rule!r} {tasks} {parameters} {dtype}"
     name = f"aggregate_{hashlib.sha256(kind.encode()).hexdigest()[:16]}"
     if not hasattr(torch.ops.mtrl_imgrad, name):
 
@@ -138,7 +140,7 @@ def opaque(rule: Aggregator, tasks: int, parameters: int, state: State, dtype: t
         torch.library.register_fake(
             f"mtrl_imgrad::{name}", lambda *_: [torch.empty(shape, dtype=dtype) for shape, dtype in shapes]
         )
-    number = next(NUMBERS)
+    number = next(number for number in itertools.count() if number not in RULES)  # a graph holds it as a constant
     RULES[number] = rule
     return OpaqueRule(rule, number, getattr(torch.ops.mtrl_imgrad, name), example)
 
@@ -162,7 +164,7 @@ class CompiledUpdate:
         self.state_names = list(state)
         self.noises = [name for name, tensor in vars(noise).items() if tensor is not None]
         self.batch_names = list(vars(batch))
-        self.keep: object = None
+        self.update = update  # its rules have to live as long as the graph
         self.outputs: tuple[list[str], list[str], list[str]] = ([], [], [])
 
         def flat(tensors: list[Tensor]) -> list[Tensor]:
@@ -177,7 +179,8 @@ class CompiledUpdate:
         traced = make_fx(flat, tracing_mode="fake")(self._tensors(state, batch, noise))
         # The number of threads is part of the generated code, so it has to be part of what torch keeps it under.
         options: Any = {"cpp.threads": torch.get_num_threads()} if backend == "inductor" else None
-        self.graph = torch.compile(traced, fullgraph=True, dynamic=False, backend=backend, options=options)
+        # Not the module itself: what it does on an error would be compiled too, and hide the error.
+        self.graph = torch.compile(traced.forward, fullgraph=True, dynamic=False, backend=backend, options=options)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch's compiler warns of itself
             self(state, batch, noise)
@@ -194,28 +197,38 @@ class CompiledUpdate:
         return new, Metrics(per_task, scalars)
 
 
+def with_operators(update: SacUpdate, state: State) -> SacUpdate:
+    """The update with copies of its rules as operators, for a CPU; elsewhere the update itself."""
+    if state["critic"].device.type != "cpu":
+        return update
+    layouts, tasks = {"critic": update.critic.layout, "actor": update.actor.layout}, len(state["log_alpha"])
+    rules = {
+        name: opaque(copy.deepcopy(rule), tasks, layouts[name].shared_size, remembered(name, state), state[name].dtype)
+        for name, rule in update.rules.items()
+    }
+    return replace(update, rules=rules)  # pyright: ignore[reportArgumentType]
+
+
 def compile_sac(
     update: SacUpdate, state: State, batch: Batch, noise: Noise, backend: str = "inductor"
 ) -> CompiledUpdate:
-    """The update compiled, on a CPU with its rules as operators. Arguments are those of `CompiledUpdate`."""
-    if state["critic"].device.type != "cpu":
-        return CompiledUpdate(update, state, batch, noise, backend)
-    layouts = {"critic": update.critic.layout, "actor": update.actor.layout}
-    # The call that compiles is made with copies, since a foreign rule may remember it.
-    rules = {
-        name: opaque(
-            copy.deepcopy(rule),
-            len(state["log_alpha"]),
-            layouts[name].shared_size,
-            remembered(name, state),
-            state[name].dtype,
-        )
-        for name, rule in update.rules.items()
-    }
-    compiled = CompiledUpdate(replace(update, rules=rules), state, batch, noise, backend)  # pyright: ignore[reportArgumentType]
-    for name, rule in update.rules.items():
-        RULES[rules[name].number] = rule
-    compiled.keep = update  # RULES keeps nothing alive
+    """The update compiled, on a CPU with its rules as operators. Arguments are those of `CompiledUpdate`.
+
+    Raises:
+        CompilationError: in one line why the compiler failed. What the rules raise comes out as it is.
+    """
+    prepared = with_operators(update, state)
+    try:
+        compiled = CompiledUpdate(prepared, state, batch, noise, backend)
+    except Exception as error:  # a compiler may raise anything
+        while (inner := error.__cause__ or error.__context__) is not None:
+            error = inner
+        reason = str(error).strip().splitlines() or [""]
+        raise CompilationError(f"{type(error).__name__}: {reason[0]}") from error
+    # The call that compiled was made with copies, since a foreign rule may remember it.
+    for name, rule in prepared.rules.items():
+        if isinstance(rule, OpaqueRule):
+            RULES[rule.number] = update.rules[name]
     return compiled
 
 

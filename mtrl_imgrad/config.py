@@ -259,14 +259,16 @@ class Config:
     """Training device; auto is cuda where there is one, else cpu."""
     threads: int = 0
     """CPU threads of torch; 0 takes torch's own choice."""
-    precision: Literal["float32", "bfloat16"] = "float32"
-    """Number format of the matrix products; weights, losses, Gramians and optimisers stay float32 or float64."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the matrix products; weights, losses, Gramians and optimisers stay float32 or float64. auto is
+    float32, until bfloat16 is shown to learn as well."""
     jacobian: Literal["stored", "chunked"] = "stored"
     """stored: keep all K gradients of the shared parameters until the direction is known; chunked: make them piece by
     piece for the Gramian, and the direction by another product: less memory, for rules that need no J."""
     compile: bool = True
     """Compile the whole update into one graph when training starts, which takes half a minute once and a few seconds in
-    later runs. Where it fails, as without a C++ compiler, the run says so and goes on without."""
+    later runs (TORCHINDUCTOR_CACHE_DIR says where torch keeps it). Where it fails, as without a C++ compiler, the run
+    says so and goes on without."""
     cuda_graph: bool = False
     """Launch the whole compiled update as one CUDA graph; GPU only."""
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
@@ -282,6 +284,8 @@ class Config:
     def __post_init__(self) -> None:
         _require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
         _require(self.threads >= 0, "threads", self.threads, "zero or positive")
+        captured = self.compile and self.device != "cpu"
+        _require(captured or not self.cuda_graph, "cuda_graph", self.cuda_graph, "false without compile or on the CPU")
         whole = self.jacobian == "stored" or self.aggregator.needs != "jacobian"
         _require(whole, "jacobian", self.jacobian, "stored, since the aggregator needs all of J")
         window = self.sac.n_step * self.envs.envs_per_task

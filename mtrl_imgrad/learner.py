@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from mtrl_imgrad.compilation import CapturedUpdate, Update, compile_sac
+from mtrl_imgrad.compilation import CapturedUpdate, CompilationError, Update, compile_sac
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.replay import Batch
 from mtrl_imgrad.sac_update import LOSSES, Metrics, Noise, State, build_update
@@ -106,13 +106,13 @@ class Learner:
 
         batch = Batch(zeros(entries), zeros(self.action_size), zeros(), zeros(entries), zeros())
         generator = torch.Generator(self.device)
+        noise = self.draw_noise(generator, generator)
         try:
-            noise = self.draw_noise(generator, generator)
-            self._update = compile_sac(self.sac, self.state, batch, noise)
-            if self.config.cuda_graph and self.device.type == "cuda":
-                self._update = CapturedUpdate(self._update, self.state, batch, noise)
-        except Exception as error:  # whatever a compiler may raise, the update itself is as good as before
-            return f"{type(error).__name__}: {str(error).strip().splitlines()[0]}" if str(error) else repr(error)
+            compiled = compile_sac(self.sac, self.state, batch, noise)
+        except CompilationError as error:
+            return str(error)
+        captures = self.config.cuda_graph and self.device.type == "cuda"
+        self._update = CapturedUpdate(compiled, self.state, batch, noise) if captures else compiled
         return None
 
     def parameter_counts(self) -> tuple[int, int]:

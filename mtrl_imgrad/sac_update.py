@@ -24,7 +24,7 @@ from mtrl_imgrad.networks import Actor, Layout, ObservationInput, Tape, TwinCrit
 from mtrl_imgrad.replay import Batch
 from mtrl_imgrad.task_gradients import Gradients, TaskGradients, chunked_task_gradients, task_gradients
 
-PRODUCT_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRODUCT_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 BETAS = (0.9, 0.999)
 """Adam's decay rates, torch's defaults."""
 LOSSES = ("critic loss", "actor loss", "temperature loss")
@@ -146,6 +146,7 @@ class SacUpdate:
             overflown = ~torch.isfinite(new_losses) & critic_step.finite & ~critic_step.bad.any()
             critic_step = replace(critic_step, bad=critic_step.bad | overflown)
 
+        del critic_tape  # its activations are large
         values = self.critic_loss.values(self.critic(new["critic"], self.critic.encode(new["critic"], inputs), actions))
         actor_losses = sac.actor_losses(alpha, log_prob, values)
         actor_step = self._step(state, "actor", actor_losses, actor_tape, self.actor.layout, noise.actor, step)

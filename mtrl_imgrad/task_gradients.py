@@ -186,9 +186,12 @@ def pieces(use: Use, gradient: Float[Tensor, "members tasks rows outputs"]) -> I
 
 
 def block_gramian(block: Block) -> Float64[Tensor, "tasks tasks"]:
-    """The block's part of M. Rows are multiplied in pieces of a few hundred numbers, which are summed in float64:
-    for opposed gradients of 160,000 numbers one float32 product is off by 5e-6 of their squared norm, this by 1e-8."""
-    size = block.shape[-1]
-    length = next(length for length in range(min(size, LONGEST), 0, -1) if size % length == 0)
-    views = [member.unflatten(-1, (size // length, length)).transpose(0, 1) for member in block]
-    return torch.stack([torch.bmm(parts, parts.mT).double().sum(0) for parts in views]).sum(0)
+    """The block's part of M. Rows are multiplied in pieces of a few hundred numbers, which are summed in float64: for
+    opposed gradients of 160,000 numbers one float32 product is off by 5e-6 of their squared norm, this by 1e-8."""
+    whole = block.shape[-1] // LONGEST * LONGEST
+    products = []
+    for member in block:
+        parts = member[:, :whole].unflatten(-1, (-1, LONGEST)).transpose(0, 1)
+        rest = member[:, whole:]
+        products += [torch.bmm(parts, parts.mT).double().sum(0), (rest @ rest.mT).double()]
+    return torch.stack(products).sum(0)

@@ -209,10 +209,10 @@ def test_no_piece_of_a_chunked_jacobian_is_larger_than_allowed_and_the_gramian_i
     assert sum(sizes) == TASKS * problem.critic.layout.shared_size
 
 
-@pytest.mark.parametrize("size", [1, 13, 1024, 1031, 4096, 160_000])
+@pytest.mark.parametrize("size", [1, 13, 400, 401, 1031, 401 * 401, 160_000])
 def test_the_gramian_of_opposed_float32_gradients_is_close_to_their_float64_products(size):
     block = torch.randn(2, 4, size, generator=torch.Generator().manual_seed(1))
     block[:, 1] = -block[:, 0]
     exact = (block.double() @ block.double().mT).sum(0)
-    tolerance = 3e-7 if size < 100_000 else 2e-8  # rounding errors of many pieces cancel
+    tolerance = 5e-7 if size < 100_000 else 2e-8  # rounding errors of many pieces cancel
     assert (block_gramian(block) - exact).abs().max() < tolerance * exact.diagonal().mean()

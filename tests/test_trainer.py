@@ -349,6 +349,18 @@ class TestFailures:
         assert all(torch.isfinite(value).all() for value in learner.values())
 
 
+def test_a_vector_steps_arrays_reach_the_device_in_one_tensor_each_with_its_numbers(tmp_path):
+    config = short_config(tmp_path / "run", envs=EnvsConfig(horizon=10, envs_per_task=2))
+    with Run(config, make_world=make_world) as run:
+        random = np.random.default_rng(1)
+        wide, single, flags = random.standard_normal((8, 3)), random.standard_normal(8), random.random(8) < 0.5
+        moved = run.on_device(wide, single, flags)
+        for array, tensor in zip((wide, single, flags), moved, strict=True):
+            assert tensor.dtype == torch.float32
+            assert tensor.shape == (4, 2, *array.shape[1:])
+            np.testing.assert_array_equal(tensor.numpy(), array.reshape(tensor.shape).astype(np.float32))
+
+
 class TestPipeline:
     """`envs.pipeline`: each vector step runs while an update uses what was stored before it."""
 

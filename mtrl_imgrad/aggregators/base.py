@@ -137,7 +137,8 @@ class Aggregator(ABC):
         return None
 
     def after_step(self, state: State, losses: Tensor, new_losses: Tensor) -> State:
-        """The state after the step, given the losses before and after it on the same batch; see `sees_new_losses`."""
+        """The state after the step, given the losses before and after it on the same batch; see `sees_new_losses`. Made
+        of tensor operations alone, since it is compiled as part of the update."""
         return state
 
     def check_shapes(self, gramian: Tensor, losses: Tensor | None, jacobian: Tensor | None) -> None:

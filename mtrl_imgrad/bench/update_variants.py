@@ -30,7 +30,7 @@ from mtrl_imgrad.config import Config, NetworkConfig, SacConfig
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.networks import Tape
 from mtrl_imgrad.replay import Batch, Replay
-from mtrl_imgrad.sac_update import Metrics, Noise, State, adamw
+from mtrl_imgrad.sac_update import Metrics, Noise, State, adamw, remembered
 from mtrl_imgrad.task_gradients import task_gradients
 
 CPU = torch.device("cpu")
@@ -174,7 +174,8 @@ def dissected(update: Update) -> dict[str, float]:
         with part("Gramian"):
             gramian = gradients.gramian()
         with part("solve"):
-            found = rule.aggregate(gramian, drawn, losses, jacobian, rounding=gradients.rounding)
+            found = rule.aggregate(gramian, drawn, losses, jacobian, remembered(name, state), gradients.rounding)
+            new |= {f"{name}/rule/{key}": value for key, value in found.state.items()}
         with part("combine"):
             if found.direction is None:
                 direction = gradients.combine(found.weights, found.own_weights)
