@@ -4,8 +4,9 @@ The unit is the run. One multi-task run yields all of its tasks, so their scores
 resample or count whole runs; resampling each task's runs separately, as the stratified bootstrap of Agarwal et al. 2021
 ("Deep Reinforcement Learning at the Edge of the Statistical Precipice", https://arxiv.org/abs/2108.13264) does for
 single-task agents, gives intervals that are far too narrow. Tasks are fixed, never resampled. Estimates follow Agarwal
-et al.; t-intervals are shown below 10 seeds, where percentile bootstraps are far too narrow, bootstraps from 10 on, where
-they are a little too narrow. Both are optimistic where success comes close to 0 or 1: few seeds seldom show the bad run.
+et al.; t-intervals are shown below 10 seeds, where percentile bootstraps are far too narrow, bootstraps from 10 on,
+where they are a little too narrow. Both are optimistic where success comes close to 0 or 1, as few seeds seldom show
+the rare bad run.
 """
 
 from __future__ import annotations
@@ -181,12 +182,12 @@ def _t_interval(value: float, error: float, freedom: float, bounds: tuple[float,
 
 def _percentiles(draws: Float[np.ndarray, " resamples"]) -> Interval | None:
     low, high = np.quantile(draws, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return _wide(float(low), float(high))
+    return _wide(low, high)
 
 
 def _wide(low: float, high: float) -> Interval | None:
     """No interval rather than one without width, which would claim certainty."""
-    return Interval(low, high) if high - low > 1e-12 * max(1.0, abs(low)) else None
+    return Interval(float(low), float(high)) if high - low > 1e-12 * max(1.0, abs(low)) else None
 
 
 def _estimate(
@@ -200,12 +201,12 @@ def _estimate(
     elif interval is None:
         meaning = f"{counted}: no interval, as the runs do not differ in this number, which does not make it certain."
     else:
-        truly = f"{_bootstrap_level(min(runs)):.0%}"
-        method = "t-interval" if by_t else f"percentile bootstrap of whole runs, which for normal values is {truly}"
+        method = "t-interval" if by_t else "percentile bootstrap of whole runs"
+        level = LEVEL if by_t else _bootstrap_level(min(runs))
         meaning = (
-            f"95 % interval over seeds from {counted} ({method}): of such intervals, each from new seeds, about 95 % "
-            "would contain the value of infinitely many seeds; fewer where success is near 0 or 1. It holds for these "
-            "tasks, and for one number at a time."
+            f"95 % interval over seeds from {counted} ({method}): of such intervals, each from new seeds, about "
+            f"{100 * level:.0f} % would contain the value of infinitely many seeds; fewer where success is near 0 or 1. "
+            "It holds for these tasks, and for one number at a time."
         )
     return Estimate(value, runs, interval, meaning, t_interval, bootstrap_interval)
 

@@ -114,7 +114,9 @@ def steps_to_reach(runs: Mapping[int, SuccessCurve], threshold: float, until: in
     by_seed = dict(zip(sorted(runs), first.tolist(), strict=True))
     n, horizon, reached = len(runs), int(steps[-1]), int(above.any(1).sum())
     order = int(stats.binom.ppf((1 - LEVEL) / 2, n, 0.5))  # 1-based: P(Binomial < order) <= 2.5 %
-    text = f"{reached} of {n} run{'s' * (n > 1)} reached {threshold:.0%} by step {horizon}; others count as later."
+    text = (
+        f"{reached} of {n} run{'s' * (n > 1)} reached {100 * threshold:g} % by step {horizon}; others count as later."
+    )
     interval = None
     if order == 0:
         text += " The median has no 95 % interval: that takes 6 runs."
