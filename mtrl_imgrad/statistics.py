@@ -204,9 +204,9 @@ def _estimate(
         method = "t-interval" if by_t else "percentile bootstrap of whole runs"
         level = LEVEL if by_t else _bootstrap_level(min(runs))
         meaning = (
-            f"95 % interval over seeds from {counted} ({method}): of such intervals, each from new seeds, about "
-            f"{100 * level:.0f} % would contain the value of infinitely many seeds; fewer where success is near 0 or 1. "
-            "It holds for these tasks, and for one number at a time."
+            f"Nominal 95 % interval over seeds from {counted} ({method}): of such intervals, each from new seeds, "
+            f"about {100 * level:.0f} % would contain the value of infinitely many seeds; fewer where success is near "
+            "0 or 1. It holds for these tasks, and for one number at a time."
         )
     return Estimate(value, runs, interval, meaning, t_interval, bootstrap_interval)
 

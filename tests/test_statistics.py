@@ -271,7 +271,7 @@ def test_coverage_of_the_mean(seeds):
         lambda stream: mean_success(_scores(_simulated(generator, seeds), bounds=UNBOUNDED), stream, 400), 0.0, 1500
     )
     assert by_t == pytest.approx(0.95, abs=0.018)
-    # By normal theory 75 % with 3 (roughly: it has 10 distinct resamples only), 85 % with 5, 90 % with 10, 93 % with 20.
+    # By normal theory 75 % with 3 (roughly, as resamples are few), 85 % with 5, 90 % with 10, 93 % with 20.
     tolerance = 0.05 if seeds == 3 else 0.03
     assert by_bootstrap == pytest.approx(statistics._bootstrap_level(seeds), abs=tolerance)
     assert by_bootstrap < 0.94
