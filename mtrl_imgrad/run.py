@@ -247,6 +247,7 @@ class Run:
         failure = self.learner.compile()
         if failure is None:
             self.log.print(f"compiled in {time.perf_counter() - started:.0f} s")
+            self.log.started = time.perf_counter()  # the time that is left is told without it
         else:
             self.log.print(f"warning: the update is not compiled, which is slower ({failure})")
 
