@@ -1,7 +1,6 @@
 """The command line: `mtrl-imgrad train | evaluate | bench | list`.
 
-YAML overlays become flags, and all flags go through one parser, so that there is one grammar and one style of error;
-later ones win. A user's mistake ends with exit code 2 and at most two lines on stderr.
+A user's mistake ends with exit code 2 and at most two lines on stderr.
 """
 
 from __future__ import annotations
@@ -10,173 +9,21 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import psutil
 import tyro
-import yaml
 
-from mtrl_imgrad.aggregators import AGGREGATORS, resolve
+from mtrl_imgrad.aggregators import AGGREGATORS
 from mtrl_imgrad.bench.command import command_bench
-from mtrl_imgrad.config import Config, to_dict
+from mtrl_imgrad.config import to_dict
 from mtrl_imgrad.envs.worker_pool import WorkerError
 from mtrl_imgrad.learner import NonFiniteError
+from mtrl_imgrad.overlays import configs_folder, parse_config, refuse_changes, take_options
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
-
-TRAIN_HELP = """Train a multi-task SAC agent on Meta-World.
-
-Overlays come first and are merged in the order given; every other flag wins over them:
-  --config NAME|PATH        a YAML overlay: a file, or one of those that `mtrl-imgrad list configs` shows
-  --benchmark NAME          MT10, MT25, MT50 or a task; short for --benchmark.tasks NAME
-  --aggregator NAME         a rule that `mtrl-imgrad list aggregators` shows, or module:Class; its fields become
-  --aggregator.FIELD
-  --resume RUN              go on with a run folder from its newest checkpoint; of its configuration, how long and how
-  to report may change
-
-Lengths and intervals are in simulator steps per task.
-
-Example: mtrl-imgrad train --config mt10 --aggregator imgrad --aggregator.c 0.4 --seed 3"""
-CHANGEABLE = (
-    *("run_dir", "device", "threads", "compile", "cuda_graph", "jacobian", "eval.every", "eval.final", "log"),
-    *("checkpoint", "sac.steps", "sac.nan_policy", "envs.workers", "envs.fast", "envs.self_check"),
-)
-"""What may differ from the stored configuration on a resume."""
-
-
-def configs_folder() -> Path:
-    """Where the overlays are: inside an installed package, or beside it in a checkout."""
-    packaged = Path(__file__).parent / "configs"
-    return packaged if packaged.is_dir() else Path(__file__).parents[1] / "configs"
-
-
-def read_overlay(name: str) -> dict[str, Any]:
-    """A YAML overlay by path or by the name of a shipped one.
-
-    Raises:
-        UserError: there is no such file, or it is not a YAML mapping.
-    """
-    shipped = {path.stem: path for path in sorted(configs_folder().glob("*.yaml"))}
-    path = Path(name) if Path(name).is_file() else shipped.get(name.removesuffix(".yaml"))
-    if path is None:
-        near = difflib.get_close_matches(Path(name).stem, shipped, 1, 0.0)
-        raise UserError(f"config: no file and no shipped configuration is named {name!r}; the nearest is {near[0]!r}.")
-    try:
-        overlay = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"config: {path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(overlay, dict):
-        raise UserError(f"config: {path} must be a YAML mapping of fields; it is {type(overlay).__name__}.")
-    for field in dataclasses.fields(Config):
-        if field.default_factory is not dataclasses.MISSING and not isinstance(overlay.get(field.name, {}), dict):
-            raise UserError(f"{field.name}: {overlay[field.name]!r} must be a mapping of this section's fields.")
-    return overlay
-
-
-def merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Lay one overlay over another. Another aggregator replaces the former with its fields."""
-    merged = dict(below)
-    for key, value in above.items():
-        under = merged.get(key)
-        replaces = (
-            key == "aggregator"
-            and isinstance(value, dict)
-            and isinstance(under, dict)
-            and value.get("name", under.get("name")) != under.get("name")
-        )
-        merged[key] = (
-            merge(under, value) if isinstance(under, dict) and isinstance(value, dict) and not replaces else value
-        )
-    return merged
-
-
-def flags_of(overlay: dict[str, Any], prefix: str = "--") -> list[str]:
-    """An overlay as command-line flags."""
-    flags: list[str] = []
-    for key, value in overlay.items():
-        if isinstance(value, dict):
-            flags += flags_of(value, f"{prefix}{key}.")
-        else:
-            flags += [f"{prefix}{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
-    return flags
-
-
-def take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Split `--name value` and `--name=value` of the given names, in order, from the other arguments.
-
-    Raises:
-        UserError: a value is missing.
-    """
-    taken: list[tuple[str, str]] = []
-    rest: list[str] = []
-    left = list(arguments)
-    while left:
-        argument = left.pop(0)
-        name, equals, value = argument.removeprefix("--").partition("=")
-        if not argument.startswith("--") or name not in names:
-            rest.append(argument)
-        elif equals:
-            taken.append((name, value))
-        elif left and not left[0].startswith("--"):
-            taken.append((name, left.pop(0)))
-            if left and not left[0].startswith("--"):
-                raise UserError(f"--{name}: one value is allowed, but {left[0]!r} follows {taken[-1][1]!r}.")
-        else:
-            raise UserError(f"--{name}: a value is missing.")
-    return taken, rest
-
-
-def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -> Config:
-    """A configuration from overlays and flags.
-
-    Args:
-        arguments: the command line after `train`.
-        base: an overlay below all others.
-
-    Raises:
-        UserError: something in them is not allowed.
-        SystemExit: `--help` was asked for and printed.
-    """
-    taken, flags = take_options(arguments, ("config", "benchmark", "aggregator"))
-    overlay: dict[str, Any] = base or {}
-    for name, value in taken:
-        if name == "config":
-            overlay = merge(overlay, read_overlay(value))
-        elif name == "benchmark":
-            overlay = merge(overlay, {"benchmark": {"tasks": [value]}})
-        elif value != overlay.get("aggregator", {}).get("name"):  # naming the chosen one again changes nothing
-            shipped = value in AGGREGATORS and (configs_folder() / f"{value}.yaml").is_file()
-            overlay = merge(overlay, read_overlay(value) if shipped else {"aggregator": {"name": value}})
-    fields = dict(overlay.get("aggregator", {}))
-    with told_as_user_errors():
-        rule = resolve(str(fields.pop("name", "imgrad")))
-        default = dataclasses.field(default_factory=rule)
-    typed = dataclasses.make_dataclass("Config", [("aggregator", rule, default)], bases=(Config,), frozen=True)
-    typed.__doc__ = Config.__doc__
-    tokens = flags_of(overlay | {"aggregator": fields}) + flags
-    _refuse_unknown(tokens, field_names(typed))
-    words = [re.sub(r"^(--[^=]+=)?(true|false)$", lambda m: f"{m[1] or ''}{m[2].title()}", token) for token in tokens]
-    return parse(typed, words, "train", TRAIN_HELP)
-
-
-def field_names(kind: Any, prefix: str = "") -> list[str]:
-    """Dotted names of all fields of a configuration class."""
-    names: list[str] = []
-    for field in dataclasses.fields(kind):
-        nested = field.default_factory if dataclasses.is_dataclass(field.default_factory) else None
-        names += field_names(nested, f"{prefix}{field.name}.") if nested else [f"{prefix}{field.name}"]
-    return names
-
-
-def _refuse_unknown(tokens: Sequence[str], names: Sequence[str]) -> None:
-    for token in tokens:
-        name = token[2:].partition("=")[0].replace("-", "_")
-        if token.startswith("--") and name not in (*names, "help"):
-            near = difflib.get_close_matches(name, names, 1, 0.0)[0]
-            raise UserError(f"{name}: there is no such field; the nearest is --{near}.\nSee `{PROGRAM} train --help`.")
 
 
 def command_train(arguments: Sequence[str]) -> None:
@@ -192,25 +39,11 @@ def command_train(arguments: Sequence[str]) -> None:
             base = to_dict(read_config(resume))
     config = parse_config(rest, base)
     if base:
-        _refuse_changes(base, to_dict(config))
+        refuse_changes(base, to_dict(config))
     with told_as_user_errors():
         run = Run(config, resume, started=psutil.Process().create_time())
     with run:
         run_training(run)
-
-
-def _refuse_changes(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> None:
-    """A resumed run must stay the run that it was."""
-    for key, value in wanted.items():
-        name = f"{prefix}{key}"
-        if name in CHANGEABLE or value == stored.get(key):
-            continue
-        if isinstance(value, dict) and isinstance(stored.get(key), dict):
-            _refuse_changes(stored[key], value, f"{name}.")
-        else:
-            raise UserError(
-                f"{name}: the run has {stored.get(key)!r}, and a resumed run cannot change it to {value!r}."
-            )
 
 
 @dataclasses.dataclass(frozen=True)

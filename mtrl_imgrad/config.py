@@ -1,7 +1,7 @@
 """What can be configured: frozen dataclasses, each field with its unit, its default and one sentence.
 
-A `Config` is made from YAML overlays and command-line flags by `mtrl_imgrad.cli`, or directly in Python. Every interval
-is in *simulator steps per task*: one vector step advances it by `envs_per_task * action_repeat`.
+A `Config` is made from YAML overlays and command-line flags by `mtrl_imgrad.overlays`, or directly in Python. Every
+interval is in *simulator steps per task*: one vector step advances it by `envs_per_task * action_repeat`.
 """
 
 from __future__ import annotations

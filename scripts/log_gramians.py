@@ -20,8 +20,8 @@ import torch
 from numpy.typing import NDArray
 
 from mtrl_imgrad.aggregators import IMGrad
-from mtrl_imgrad.cli import parse_config
 from mtrl_imgrad.diagnostics import gradient_statistics
+from mtrl_imgrad.overlays import parse_config
 from mtrl_imgrad.run import Run
 from mtrl_imgrad.trainer import run_training
 

@@ -18,9 +18,10 @@ from tiny_world import TinyVectorEnv, make_world, tiny_config
 from mtrl_imgrad import cli, train
 from mtrl_imgrad import config as config_module
 from mtrl_imgrad.aggregators import AGGREGATORS, CAGrad, ConicGrad, IMGrad, Mean
-from mtrl_imgrad.cli import field_names, main, parse_config
+from mtrl_imgrad.cli import main
 from mtrl_imgrad.config import Config, EvalConfig, LogConfig, NetworkConfig, aggregator_name, to_dict
 from mtrl_imgrad.listing import COLUMNS
+from mtrl_imgrad.overlays import field_names, parse_config
 from mtrl_imgrad.run import Run
 
 ROOT = Path(__file__).parents[1]

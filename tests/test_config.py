@@ -12,7 +12,6 @@ import pytest
 import yaml
 
 from mtrl_imgrad.aggregators import AGGREGATORS, Aggregator, CAGrad
-from mtrl_imgrad.cli import parse_config
 from mtrl_imgrad.config import (
     BenchmarkConfig,
     CheckpointConfig,
@@ -27,6 +26,7 @@ from mtrl_imgrad.config import (
     from_dict,
     to_dict,
 )
+from mtrl_imgrad.overlays import parse_config
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.yaml"))
 SECTIONS = {

@@ -172,7 +172,7 @@ def test_the_parameters_of_the_constructor_are_the_fields() -> None:
 
 
 def test_the_command_line_takes_a_name_and_its_fields() -> None:
-    from mtrl_imgrad.cli import parse_config
+    from mtrl_imgrad.overlays import parse_config
 
     assert parse_config(["--aggregator", "torchjd:ConFIG"]).aggregator == resolve("torchjd:ConFIG")()
     given = parse_config(["--aggregator", "torchjd:CAGrad", "--aggregator.c", "0.5"]).aggregator
