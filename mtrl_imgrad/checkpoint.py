@@ -28,9 +28,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from mtrl_imgrad.config import Config, aggregator_name, from_dict, to_dict
+from mtrl_imgrad.files import FolderLock, write_whole
 from mtrl_imgrad.version import __version__
 
 FORMAT = 1
+BEFORE_CONFIG = ("goals.json", "goals.json.tmp", "command.txt", "versions.json", "versions.json.tmp", "config.yaml.tmp")
+"""What a process that was killed while it made a run folder may have left there, beside its lock."""
 PACKAGES = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "stable_baselines3")
 
 
@@ -41,38 +44,50 @@ def run_name(config: Config) -> str:
     return f"{benchmark}-{aggregator_name(config.aggregator).replace(':', '.')}-s{config.seed}"
 
 
-def create_run(config: Config, goals: Any) -> Path:
-    """Make the run folder and write what describes the run. Two runs that start together never get the same one.
+def create_run(config: Config, goals: Any) -> FolderLock:
+    """Make the run folder, hold it, and write what describes the run. Two runs that start together never get the same
+    one.
+
+    `config.yaml` comes last: a folder without it, left by a process that was killed here, is no run yet and may be
+    taken again.
 
     Raises:
         FileExistsError: `run_dir` was given and is not empty.
         OSError: it cannot be made.
-        ValueError: the configuration cannot be written down.
+        ValueError: the configuration cannot be written down, or another process holds the folder.
     """
     to_dict(config)  # a configuration that cannot be written must not leave a folder
     try:
-        folder = (
+        lock = (
             _given_folder(Path(config.run_dir)) if config.run_dir else _numbered_folder(Path("runs", run_name(config)))
         )
     except FileExistsError:
         raise
     except OSError as error:
         raise OSError(f"run_dir: {config.run_dir or 'runs'} cannot be made ({error.strerror}).") from None
-    (folder / "goals.json").write_text(json.dumps(goals))
-    describe_run(folder, config, 0)
-    return folder
+    write_whole(lock.folder / "goals.json", json.dumps(goals))
+    describe_run(lock.folder, config, 0)
+    return lock
 
 
-def _given_folder(folder: Path) -> Path:
-    if folder.is_dir() and any(folder.iterdir()):
-        raise FileExistsError(f"run_dir: {folder} exists and is not empty; use --resume {folder} to go on with it.")
+def _given_folder(folder: Path) -> FolderLock:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"run_dir: {folder} is a file.")
     folder.mkdir(parents=True, exist_ok=True)
-    return folder
+    _refuse_occupied(folder)  # before the lock's file is put there
+    lock = FolderLock(folder)
+    _refuse_occupied(folder)
+    for leftover in BEFORE_CONFIG:
+        (folder / leftover).unlink(missing_ok=True)
+    return lock
 
 
-def _numbered_folder(wanted: Path) -> Path:
+def _refuse_occupied(folder: Path) -> None:
+    if {path.name for path in folder.iterdir()} - {*BEFORE_CONFIG, "lock"}:
+        raise FileExistsError(f"run_dir: {folder} exists and is not empty; use --resume {folder} to go on with it.")
+
+
+def _numbered_folder(wanted: Path) -> FolderLock:
     wanted.parent.mkdir(parents=True, exist_ok=True)
     for number in itertools.count(1):
         folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
@@ -80,7 +95,7 @@ def _numbered_folder(wanted: Path) -> Path:
             folder.mkdir()
         except FileExistsError:
             continue
-        return folder
+        return FolderLock(folder)
     raise AssertionError("unreachable")
 
 
@@ -92,14 +107,14 @@ def describe_run(folder: Path, config: Config, step: int) -> None:
         config: the configuration from now on.
         step: simulator steps per task trained before.
     """
-    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False))
     with (folder / "command.txt").open("a") as file:
         file.write(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
     versions = {"mtrl_imgrad": __version__} | {name: version(name) for name in PACKAGES}
     history = folder / "versions.json"
     entries = json.loads(history.read_text()) if history.exists() else []
     entries.append({"from_step": step, "protocol": config.protocol, "python": platform.python_version()} | versions)
-    history.write_text(json.dumps(entries, indent=1))
+    write_whole(history, json.dumps(entries, indent=1))
+    write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
 
 
 def read_config(folder: Path) -> Config:
@@ -150,6 +165,11 @@ def _checkpoints(folder: Path) -> list[Path]:
     """Complete checkpoints of a run, the newest last."""
     found = [path for path in (folder / "checkpoints").glob("*") if re.fullmatch(r"\d{10}(\.old)?", path.name)]
     return sorted(found, key=lambda path: (path.stem, path.suffix == ""))
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether the run has a complete checkpoint."""
+    return bool(_checkpoints(folder))
 
 
 def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""The command line: `mtrl-imgrad train | evaluate | bench | list`.
+"""The command line: `mtrl-imgrad train | evaluate | compare | bench | list`.
 
 A user's mistake ends with exit code 2 and at most two lines on stderr.
 """
@@ -19,6 +19,7 @@ import tyro
 
 from mtrl_imgrad.aggregators import AGGREGATORS
 from mtrl_imgrad.bench.command import command_bench
+from mtrl_imgrad.comparison.command import command_compare
 from mtrl_imgrad.config import to_dict
 from mtrl_imgrad.envs.worker_pool import WorkerError
 from mtrl_imgrad.learner import NonFiniteError
@@ -92,11 +93,18 @@ def command_list(arguments: Sequence[str]) -> None:
             print(f"{path.stem:<14} {path.read_text().splitlines()[0].removeprefix('#').strip()}")
 
 
-COMMANDS = {"train": command_train, "evaluate": command_evaluate, "bench": command_bench, "list": command_list}
+COMMANDS = {
+    "train": command_train,
+    "evaluate": command_evaluate,
+    "compare": command_compare,
+    "bench": command_bench,
+    "list": command_list,
+}
 USAGE = f"""usage: {PROGRAM} COMMAND ...
 
   train      train an agent:                {PROGRAM} train --config quickstart
   evaluate   evaluate a run on every goal:  {PROGRAM} evaluate runs/NAME
+  compare    train several aggregators:     {PROGRAM} compare --config quickstart --seeds 5 --jobs 2
   bench      measure what things cost:      {PROGRAM} bench envs|solvers|update
   list       show what there is to choose:  {PROGRAM} list tasks|aggregators|configs
 
@@ -125,7 +133,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if command not in COMMANDS:
             near = difflib.get_close_matches(command, COMMANDS, 1, 0.0)[0]
             raise UserError(f"{command!r} is no command; the nearest is {near!r}.\nSee `{PROGRAM} --help`.")
-        COMMANDS[command](rest)
+        return COMMANDS[command](rest) or 0
     except KeyboardInterrupt:
         print(
             f"{PROGRAM}: interrupted; a training run goes on from its newest checkpoint with --resume", file=sys.stderr
@@ -137,4 +145,3 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (WorkerError, NonFiniteError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
         return 1
-    return 0

@@ -206,7 +206,8 @@ class RunLog:
     def __init__(self, folder: Path, total: int, start: int, tensorboard: bool, non_finite: Tensor) -> None:
         writers: list[KVWriter] = [ProgressCsv(folder / "progress.csv", start)]
         if tensorboard:
-            writers.append(TensorBoard(folder / "tensorboard", start + 1 if start else None))
+            events = folder / "tensorboard"
+            writers.append(TensorBoard(events, start + 1 if events.exists() else None))
         self.logger = Logger(str(folder), writers)
         self.console = Console(highlight=False, soft_wrap=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))

@@ -16,10 +16,18 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
-from mtrl_imgrad.checkpoint import create_run, describe_run, newest_checkpoint, read_part, save_checkpoint
+from mtrl_imgrad.checkpoint import (
+    create_run,
+    describe_run,
+    has_checkpoint,
+    newest_checkpoint,
+    read_part,
+    save_checkpoint,
+)
 from mtrl_imgrad.config import Config, aggregator_name
 from mtrl_imgrad.envs import Goals, MetaworldVectorEnv, expand_tasks, make_goals
 from mtrl_imgrad.evaluation import drop_rows_after
+from mtrl_imgrad.files import FolderLock
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.logs import Averages, EpisodeStatistics, RunLog
 from mtrl_imgrad.replay import Replay
@@ -128,12 +136,13 @@ class Run:
 
     Args:
         config: what to train.
-        resume: a run folder to go on with from its newest checkpoint; None starts a new one.
+        resume: a run folder to go on with from its newest checkpoint, or from the start where it has none yet; None
+            starts a new one.
         make_world: makes the environments.
         started: the time, as time.time(), from which `time/elapsed` counts; None is now.
 
     Raises:
-        ValueError: a field is not allowed, or the folder cannot be resumed.
+        ValueError: a field is not allowed, or the folder cannot be resumed, or is in use.
         MemoryError: the replay does not fit.
         FileExistsError: the run folder exists.
     """
@@ -147,6 +156,7 @@ class Run:
     ) -> None:
         self.started = time.time() if started is None else started
         self.config, self.device = config, choose_device(config.device)
+        lock = FolderLock(resume) if resume else None
         if config.threads:
             torch.set_num_threads(config.threads)
         self.world = make_world(config, json.loads((resume / "goals.json").read_text()) if resume else None)
@@ -183,8 +193,10 @@ class Run:
         else:
             first, _ = self.envs.reset(seed=config.seed + self.start if self.start else None)
         (self.observations,) = self.on_device(first)
-        self.folder = resume or create_run(config, self.world.description)
+        self.lock = lock or create_run(config, self.world.description)
+        self.folder = self.lock.folder
         if resume:
+            drop_rows_after(resume / "eval_training.csv", self.start)
             describe_run(resume, config, self.start)
         self.log = RunLog(self.folder, config.sac.steps, self.start, config.log.tensorboard, self.learner.non_finite)
 
@@ -198,6 +210,7 @@ class Run:
         self.envs.close()
         if self.evaluation_envs:
             self.evaluation_envs.close()
+        self.lock.release()
 
     def on_device(self, *arrays: np.ndarray) -> list[Tensor]:
         """Rows `[K * E, .]` of the environments as `[K, E, .]` on the training device, float32, by one copy for all."""
@@ -280,6 +293,8 @@ class Run:
         save_checkpoint(self.folder, step, parts, {"tasks": self.tasks, "envs": envs_state} | sizes)
 
     def _restore(self, folder: Path) -> dict[str, Any] | None:
+        if not has_checkpoint(folder):  # it was stopped before its first one
+            return None
         checkpoint, state = newest_checkpoint(folder)
         if not (checkpoint / "replay.safetensors").exists():
             raise ValueError(
@@ -291,7 +306,6 @@ class Run:
         self.start = state["step"]
         if state["envs"] is None:
             self.replay.cut_episodes()
-        drop_rows_after(folder / "eval_training.csv", self.start)
         return state["envs"]
 
     def elapsed(self) -> float:

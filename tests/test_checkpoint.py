@@ -153,13 +153,20 @@ class TestRunFolder:
             "config.yaml",
             "eval.csv",
             "goals.json",
+            "lock",
             "progress.csv",
             "versions.json",
         ]
 
     def test_nothing_in_it_is_a_pickle(self, run):
-        files = [path for path in run.rglob("*") if path.is_file()]
-        assert {path.suffix for path in files} == {".txt", ".yaml", ".csv", ".json", ".safetensors"}
+        files = [path for path in run.rglob("*") if path.is_file() and path.name != "lock"]
+        assert {path.suffix for path in files} == {
+            ".txt",
+            ".yaml",
+            ".csv",
+            ".json",
+            ".safetensors",
+        }
         for path in files:
             assert not path.read_bytes().startswith((b"\x80", b"PK")), f"{path} looks like a pickle or a torch archive"
 
@@ -208,8 +215,23 @@ class TestRunFolder:
 class TestRunFolders:
     def test_runs_that_start_together_get_different_folders(self, tmp_path, monkeypatch):
         monkeypatch.chdir(tmp_path)
-        folders = [create_run(Config(), {}) for _ in range(3)]
-        assert [folder.name for folder in folders] == ["mt10-imgrad-s1", "mt10-imgrad-s1-2", "mt10-imgrad-s1-3"]
+        locks = [create_run(Config(), {}) for _ in range(3)]
+        assert [lock.folder.name for lock in locks] == ["mt10-imgrad-s1", "mt10-imgrad-s1-2", "mt10-imgrad-s1-3"]
+
+    def test_a_folder_that_a_killed_process_was_making_is_taken_again(self, tmp_path):
+        config = Config(run_dir=str(tmp_path / "run"))
+        create_run(config, {}).release()
+        before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.name != "lock"}
+        (tmp_path / "run" / "config.yaml").rename(tmp_path / "run" / "config.yaml.tmp")
+        create_run(config, {}).release()
+        assert {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != "lock"} == before
+
+    def test_a_folder_with_anything_else_is_left_alone(self, tmp_path):
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "thesis.tex").write_text("mine")
+        with pytest.raises(FileExistsError, match=r"run_dir: .* exists and is not empty"):
+            create_run(Config(run_dir=str(tmp_path / "run")), {})
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.tex"]
 
     def test_a_rule_that_no_other_process_can_import_leaves_no_folder(self, tmp_path):
         rule = dataclasses.make_dataclass("Rule", [], bases=(Mean,), frozen=True)

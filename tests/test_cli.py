@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import itertools
+import os
 import re
 import subprocess
 import sys
@@ -20,6 +21,7 @@ from mtrl_imgrad import config as config_module
 from mtrl_imgrad.aggregators import AGGREGATORS, CAGrad, ConicGrad, IMGrad, Mean
 from mtrl_imgrad.cli import main
 from mtrl_imgrad.config import Config, EvalConfig, LogConfig, NetworkConfig, aggregator_name, to_dict
+from mtrl_imgrad.files import FolderLock
 from mtrl_imgrad.listing import COLUMNS
 from mtrl_imgrad.overlays import field_names, parse_config
 from mtrl_imgrad.run import Run
@@ -224,14 +226,26 @@ class TestMistakes:
             assert re.search(message, fails(capsys, "train", "--resume", "run", *flags.split()))
         assert {path: path.read_bytes() for path in (work / "run").rglob("*") if path.is_file()} == before
 
-    def test_a_run_without_a_checkpoint_cannot_be_resumed(self, work, tiny, capsys):
+    def test_a_run_without_a_checkpoint_is_resumed_from_the_start_and_not_evaluated(self, work, tiny, capsys):
         assert main(["train", *TINY_FLAGS, "--run-dir", "run"]) == 0
+        before = (work / "run" / "eval.csv").read_bytes()
         capsys.readouterr()
         for path in (work / "run" / "checkpoints").rglob("*.*"):
             path.unlink()
         (work / "run" / "checkpoints" / "0000000040").rmdir()
-        assert "has no checkpoint yet" in fails(capsys, "train", "--resume", "run")
+        (work / "run" / "eval.csv").unlink()
         assert "has no checkpoint yet" in fails(capsys, "evaluate", "run")
+        assert main(["train", "--resume", "run"]) == 0
+        assert (work / "run" / "eval.csv").read_bytes() == before
+
+    def test_two_processes_cannot_train_in_one_folder(self, work, tiny, capsys):
+        assert main(["train", *TINY_FLAGS, "--run-dir", "run"]) == 0
+        capsys.readouterr()
+        lock = FolderLock(work / "run")
+        message = fails(capsys, "train", "--resume", "run", "--sac.steps", "80")
+        assert re.search(rf"run: run is in use by another process \(process {os.getpid()}\)", message)
+        lock.release()
+        assert main(["train", "--resume", "run", "--sac.steps", "80"]) == 0
 
     def test_a_bug_shows_its_traceback(self, work, tiny, monkeypatch):
         """Only mistakes of the user's are cut short."""

@@ -1,0 +1,125 @@
+"""The command `compare`."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from mtrl_imgrad.checkpoint import run_name
+from mtrl_imgrad.comparison.estimate import measure
+from mtrl_imgrad.comparison.plan import PlannedRun, plan
+from mtrl_imgrad.comparison.processes import run_all, share_of_machine
+from mtrl_imgrad.comparison.view import progress_view
+from mtrl_imgrad.parsing import PROGRAM, UserError, parse
+
+HELP = """Train the same experiment with several aggregators and seeds, and compare them.
+
+Options that are not below are those of `mtrl-imgrad train` (--config, --benchmark, --sac.steps, ...), the same for all
+runs. The runs are processes of their own. What is finished is not trained again and what was interrupted goes on, so
+that the same command continues a comparison; more seeds or aggregators may be added to it.
+
+Example: mtrl-imgrad compare --config quickstart --aggregators mean imgrad cagrad,c=0.5 --seeds 5 --jobs 2"""
+OWN = ("seed", "run-dir", "run_dir", "aggregator", "resume")
+"""Flags of `train` that each run gets from the comparison."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CompareOptions:
+    """A comparison."""
+
+    aggregators: tuple[str, ...] = ("mean", "pcgrad", "cagrad", "imgrad", "conicgrad")
+    """Rules that `mtrl-imgrad list aggregators` shows, or module:Class, each with fields where wanted:
+    NAME,FIELD=VALUE,..."""
+    seeds: int = 5
+    """Runs per aggregator; one seed each."""
+    first_seed: int = 1
+    """The lowest seed; the others follow."""
+    jobs: int = 1
+    """Runs at once. The cores are divided among them where --threads and --envs.workers do not say otherwise."""
+    out: str = ""
+    """Folder of the run folders; empty makes runs/compare-<benchmark>."""
+    dry_run: bool = False
+    """Only show the runs, and how long they will take."""
+    launcher: Literal["local"] = "local"
+    """local: processes of this machine."""
+
+    def __post_init__(self) -> None:
+        if not self.aggregators:
+            raise UserError("aggregators: none is given.")
+        for name in ("seeds", "jobs"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name}: {getattr(self, name)} must be at least 1.")
+        if self.first_seed < 0:
+            raise UserError(f"first_seed: {self.first_seed} must be zero or positive.")
+
+
+def command_compare(arguments: Sequence[str]) -> int:
+    """Run the comparison. Returns the exit code: 1 where a run failed."""
+    own, flags = split(arguments)
+    options: CompareOptions = parse(CompareOptions, own, "compare", HELP)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    runs = plan(options.aggregators, seeds, Path(options.out or "."), flags)
+    if not options.out:
+        out = Path("runs", f"compare-{run_name(runs[0].config).partition('-')[0]}")
+        runs = [dataclasses.replace(run, folder=out / run.name) for run in runs]
+    out, jobs = runs[0].folder.parent, min(options.jobs, len(runs))
+    divided = share_of_machine(jobs, flags)
+    if options.dry_run:
+        tell_estimate(runs, jobs, divided)
+        return 0
+    states = [run.state() for run in runs]
+    print(f"{len(runs)} runs in {out}: {', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states))}")
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / "command.txt").open("a") as file:
+        file.write(shlex.join([Path(sys.argv[0]).name, "compare", *arguments]) + "\n")
+    try:
+        with progress_view(runs, jobs) as show:
+            progress = run_all(runs, jobs, divided, out / "logs", show)
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    for name, reason in progress.reasons.items():
+        print(f"{PROGRAM}: {name} failed, {reason}; see {out / 'logs' / f'{name}.log'}", file=sys.stderr)
+    return 1 if progress.reasons else 0
+
+
+def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The comparison's own options, and those of `train`.
+
+    Raises:
+        UserError: an option of `train` that each run gets from the comparison.
+    """
+    names = {field.name for field in dataclasses.fields(CompareOptions)} | {"help"}
+    own: list[str] = []
+    flags: list[str] = []
+    target = own
+    for argument in arguments:
+        if argument.startswith("--") or argument == "-h":
+            name = argument.lstrip("-").partition("=")[0]
+            if name.partition(".")[0] in OWN:
+                raise UserError(f"--{name}: a comparison gives this to its runs; see `{PROGRAM} compare --help`.")
+            target = own if name.replace("-", "_") in names or argument == "-h" else flags
+        target.append(argument)
+    return own, flags
+
+
+def tell_estimate(runs: Sequence[PlannedRun], jobs: int, divided: Sequence[str]) -> None:
+    """The runs, what has been done of them, and about how long the rest will take."""
+    states = {run.name: run.state() for run in runs}
+    left = [run for run in runs if states[run.name] != "finished"]
+    cost = measure(left[0], jobs, divided) if left else None
+    seconds = {run.name: cost.seconds(run, run.step() if states[run.name] != "to do" else 0) for run in left if cost}
+    width = max(len(run.name) for run in runs)
+    for run in runs:
+        minutes = f"{seconds[run.name] / 60:7.1f} min" if run.name in seconds else ""
+        print(f"{run.name:<{width}}  {states[run.name]:<11}  {minutes}".rstrip())
+    if cost:
+        total = sum(seconds.values()) / jobs
+        print(
+            f"about {total / 3600:.1f} hours ({jobs} at once), measured with {left[0].method}: "
+            f"start {cost.start:.0f} s, vector step {1000 * cost.step:.1f} ms, update {1000 * cost.update:.1f} ms"
+        )

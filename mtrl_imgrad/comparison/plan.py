@@ -1,0 +1,133 @@
+"""Which runs a comparison consists of, and what has been done of each."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_config
+from mtrl_imgrad.config import Config, to_dict
+from mtrl_imgrad.files import is_locked
+from mtrl_imgrad.overlays import parse_config, refuse_changes
+from mtrl_imgrad.parsing import UserError, told_as_user_errors
+
+State = Literal["to do", "interrupted", "running", "finished", "failed"]
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One aggregator and seed.
+
+    Attributes:
+        name: of its folder, `<method>-s<seed>`.
+        folder: where it is trained.
+        method: how the command line names the aggregator or baseline.
+        flags: of `mtrl-imgrad train`, without the folder.
+        config: what the flags mean.
+    """
+
+    name: str
+    folder: Path
+    method: str
+    flags: tuple[str, ...]
+    config: Config
+
+    @property
+    def last_step(self) -> int:
+        """Simulator steps per task at the last vector step."""
+        return self.config.sac.steps // self.config.vector_step * self.config.vector_step
+
+    def command(self, divided: Sequence[str]) -> list[str]:
+        """Arguments of `mtrl-imgrad` that start the run or go on with it.
+
+        Args:
+            divided: flags with this run's share of the machine. A resumed run keeps what it had, as another number of
+                threads rounds differently.
+        """
+        if (self.folder / "config.yaml").exists():
+            return ["train", "--resume", str(self.folder), *self.flags]
+        return ["train", *self.flags, "--run-dir", str(self.folder), *divided]
+
+    def state(self) -> State:
+        """What has been done of it.
+
+        Raises:
+            UserError: the folder holds another run.
+        """
+        if not (self.folder / "config.yaml").exists():
+            return "to do"
+        with told_as_user_errors():
+            stored = read_config(self.folder)
+        try:
+            refuse_changes(to_dict(stored), to_dict(self.config))
+            if stored.sac.steps > self.config.sac.steps:
+                raise UserError(f"sac.steps: the run has {stored.sac.steps}, more than {self.config.sac.steps}.")
+        except UserError as error:
+            raise UserError(f"out: {self.folder} is a run of another comparison; {error}") from None
+        if is_locked(self.folder):
+            return "running"
+        return "finished" if self.step() >= self.last_step and self._is_evaluated() else "interrupted"
+
+    def step(self) -> int:
+        """Simulator steps per task of the newest checkpoint."""
+        if not has_checkpoint(self.folder):
+            return 0
+        with told_as_user_errors():
+            return int(newest_checkpoint(self.folder)[1]["step"])
+
+    def _is_evaluated(self) -> bool:
+        return not self.config.eval.final or last_row(self.folder / "eval.csv").get("step") == str(self.last_step)
+
+
+def last_row(path: Path) -> dict[str, str]:
+    """The last whole row of a CSV file that may just be written; empty where there is none."""
+    try:
+        lines = path.read_text().split("\n")[:-1]
+    except OSError:
+        return {}
+    return dict(zip(*csv.reader([lines[0], lines[-1]]), strict=False)) if len(lines) > 1 else {}
+
+
+def plan(methods: Sequence[str], seeds: Sequence[int], out: Path, flags: Sequence[str]) -> list[PlannedRun]:
+    """All runs, seed by seed, so that a comparison that is stopped early has every method equally often.
+
+    Args:
+        methods: `name` or `name,field=value,...` of aggregators, and names of baselines.
+        seeds: of the runs.
+        out: the folder of their folders.
+        flags: of `mtrl-imgrad train`, the same for all.
+
+    Raises:
+        UserError: a method or a flag is not allowed, or two methods are the same.
+    """
+    runs: list[PlannedRun] = []
+    for seed in seeds:
+        for method in methods:
+            own = (*flags, *method_flags(method), "--seed", str(seed))
+            name = f"{method.replace(':', '.')}-s{seed}"
+            runs.append(PlannedRun(name, out / name, method, own, parse_config(own)))
+    first = runs[: len(methods)]
+    for number, run in enumerate(first):
+        for other in first[:number]:
+            if run.config == other.config:
+                raise UserError(f"aggregators: {other.method!r} and {run.method!r} are the same.")
+    return runs
+
+
+def method_flags(method: str) -> list[str]:
+    """Flags of `mtrl-imgrad train` for an aggregator with fields, e.g. `cagrad,c=0.5`.
+
+    Raises:
+        UserError: it is not written that way.
+    """
+    name, *fields = method.split(",")
+    flags = ["--aggregator", name]
+    for field in fields:
+        key, equals, value = field.partition("=")
+        if not (name and key and equals and value):
+            raise UserError(f"aggregators: {method!r} is neither NAME nor NAME,FIELD=VALUE,...")
+        flags += [f"--aggregator.{key}", value]
+    return flags
