@@ -27,8 +27,18 @@ def told_as_user_errors() -> Iterator[None]:
         raise UserError(str(error)) from None
 
 
-def parse(kind: Any, arguments: Sequence[str], command: str, description: str | None = None) -> Any:
+def parse(
+    kind: Any, arguments: Sequence[str], command: str, description: str | None = None, switches: bool = False
+) -> Any:
     """tyro's parser, with its boxed messages told in two lines.
+
+    Args:
+        kind: the dataclass of options.
+        arguments: the command line after the command's name.
+        command: its name.
+        description: of the command in its help.
+        switches: whether a yes-or-no option is switched on by its name alone, as in `--dry-run`, and not by
+            `--name True`.
 
     Raises:
         UserError: an argument is wrong.
@@ -37,7 +47,7 @@ def parse(kind: Any, arguments: Sequence[str], command: str, description: str | 
     message = io.StringIO()
     try:
         with contextlib.redirect_stderr(message):
-            config = (tyro.conf.FlagConversionOff,)
+            config = (tyro.conf.FlagCreatePairsOff if switches else tyro.conf.FlagConversionOff,)
             return tyro.cli(
                 kind, args=list(arguments), prog=f"{PROGRAM} {command}", description=description, config=config
             )

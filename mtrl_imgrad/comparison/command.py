@@ -60,7 +60,7 @@ class CompareOptions:
 def command_compare(arguments: Sequence[str]) -> int:
     """Run the comparison. Returns the exit code: 1 where a run failed."""
     own, flags = split(arguments)
-    options: CompareOptions = parse(CompareOptions, own, "compare", HELP)
+    options: CompareOptions = parse(CompareOptions, own, "compare", HELP, switches=True)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     runs = plan(options.aggregators, seeds, Path(options.out or "."), flags)
     if not options.out:
