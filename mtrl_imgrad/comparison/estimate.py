@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from mtrl_imgrad.comparison.plan import PlannedRun, last_row
+from mtrl_imgrad.comparison.processes import MTRL_IMGRAD
 from mtrl_imgrad.parsing import UserError
 
 WARMUP, UPDATES = 30, 60
@@ -46,8 +46,14 @@ class Cost:
         return self.start + training / config.vector_step + decisions * self.step
 
 
-def measure(run: PlannedRun, copies: int, divided: Sequence[str]) -> Cost:
+def measure(run: PlannedRun, copies: int, divided: Sequence[str], program: Sequence[str] = MTRL_IMGRAD) -> Cost:
     """Train a run for a moment, as many times at once as the comparison will.
+
+    Args:
+        run: which.
+        copies: how many at once.
+        divided: flags with one run's share of the machine.
+        program: what takes the command line of a run.
 
     Raises:
         UserError: it could not be trained.
@@ -59,7 +65,7 @@ def measure(run: PlannedRun, copies: int, divided: Sequence[str]) -> Cost:
     changed = [word for name, value in short.items() for word in (f"--{name}", str(value))]
     with tempfile.TemporaryDirectory() as scratch:
         folders = [Path(scratch, str(copy)) for copy in range(copies)]
-        command = [sys.executable, "-m", "mtrl_imgrad", "train", *run.flags, *divided, *changed, "--run-dir"]
+        command = [*program, "train", *run.flags, *divided, *changed, "--run-dir"]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         processes = [subprocess.Popen([*command, str(folder)], **pipes) for folder in folders]
         said = [process.communicate()[0] for process in processes]

@@ -112,7 +112,7 @@ def plan(methods: Sequence[str], seeds: Sequence[int], out: Path, flags: Sequenc
     first = runs[: len(methods)]
     for number, run in enumerate(first):
         for other in first[:number]:
-            if run.config == other.config:
+            if to_dict(run.config) == to_dict(other.config):
                 raise UserError(f"aggregators: {other.method!r} and {run.method!r} are the same.")
     return runs
 

@@ -17,6 +17,8 @@ from types import FrameType
 from mtrl_imgrad.comparison.plan import PlannedRun, State
 from mtrl_imgrad.parsing import UserError
 
+MTRL_IMGRAD = (sys.executable, "-m", "mtrl_imgrad")
+"""The program of a run."""
 PATIENCE = 30.0
 """Seconds that a run has to end after it was asked to."""
 
@@ -46,6 +48,7 @@ def run_all(
     divided: Sequence[str],
     logs: Path,
     show: Callable[[Progress], None],
+    program: Sequence[str] | None = None,
     every: float = 1.0,
 ) -> Progress:
     """Bring all runs to their end. A finished one is not touched, an interrupted one is resumed, one that fails does
@@ -57,6 +60,7 @@ def run_all(
         divided: flags with one run's share of the machine.
         logs: folder of what the runs print.
         show: told of the progress.
+        program: what takes the command line of a run; None is this package.
         every: seconds between two looks.
 
     Raises:
@@ -75,7 +79,9 @@ def run_all(
                     elif mine[run.name].poll() is not None:
                         _conclude(run, mine.pop(run.name), logs, progress)
                 for run in progress.of("to do", "interrupted")[: jobs - len(mine)]:
-                    mine[run.name] = _start(run.command(divided), logs / f"{run.name}.log")
+                    mine[run.name] = _start(
+                        [*(program or MTRL_IMGRAD), *run.command(divided)], logs / f"{run.name}.log"
+                    )
                     progress.states[run.name] = "running"
                 show(progress)
                 if not progress.of("running"):
@@ -94,7 +100,7 @@ def _conclude(run: PlannedRun, process: subprocess.Popen[bytes], logs: Path, pro
     progress.reasons[run.name] = f"exit code {process.returncode}: {said[-1] if said else 'it said nothing'}"
 
 
-def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
+def _start(command: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
     """A run in a process of its own, which ends when this one is killed (on Linux; elsewhere the next comparison waits
     for it)."""
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -109,7 +115,7 @@ def _start(arguments: Sequence[str], log: Path) -> subprocess.Popen[bytes]:
 
     with log.open("ab") as file:
         return subprocess.Popen(
-            [sys.executable, "-m", "mtrl_imgrad", *arguments],
+            command,
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
