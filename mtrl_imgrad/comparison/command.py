@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
 from mtrl_imgrad.checkpoint import run_name
 from mtrl_imgrad.comparison.estimate import measure
 from mtrl_imgrad.comparison.plan import PlannedRun, plan
-from mtrl_imgrad.comparison.processes import run_all, share_of_machine
+from mtrl_imgrad.comparison.processes import flags_of_share, share_of_machine, start_here
+from mtrl_imgrad.comparison.ray_launcher import on_ray
+from mtrl_imgrad.comparison.sweep import StartedRun, run_all
 from mtrl_imgrad.comparison.view import progress_view
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse
 
@@ -39,22 +43,32 @@ class CompareOptions:
     first_seed: int = 1
     """The lowest seed; the others follow."""
     jobs: int = 1
-    """Runs at once. The cores are divided among them where --threads and --envs.workers do not say otherwise."""
+    """Runs at once on this machine. Its cores are divided among them where --threads and --envs.workers do not say
+    otherwise."""
     out: str = ""
     """Folder of the run folders; empty makes runs/compare-<benchmark>."""
     dry_run: bool = False
     """Only show the runs, and how long they will take."""
-    launcher: Literal["local"] = "local"
-    """local: processes of this machine."""
+    launcher: Literal["local", "ray"] = "local"
+    """local: processes of this machine; ray: a Ray cluster, whose machines have this version of mtrl_imgrad."""
+    address: str = ""
+    """Of the Ray cluster; empty starts one on this machine."""
+    cpus: int = 1
+    """CPU cores of one run on a Ray cluster."""
+    gpus: float = 0.0
+    """GPUs of one run on a Ray cluster; 0.25 puts four runs on one."""
 
     def __post_init__(self) -> None:
         if not self.aggregators:
             raise UserError("aggregators: none is given.")
-        for name in ("seeds", "jobs"):
+        for name in ("seeds", "jobs", "cpus"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name}: {getattr(self, name)} must be at least 1.")
-        if self.first_seed < 0:
-            raise UserError(f"first_seed: {self.first_seed} must be zero or positive.")
+        for name in ("first_seed", "gpus"):
+            if getattr(self, name) < 0:
+                raise UserError(f"{name}: {getattr(self, name)} must be zero or positive.")
+        if self.address and self.launcher != "ray":
+            raise UserError(f"address: {self.address!r} is for --launcher ray.")
 
 
 def command_compare(arguments: Sequence[str]) -> int:
@@ -66,25 +80,36 @@ def command_compare(arguments: Sequence[str]) -> int:
     if not options.out:
         out = Path("runs", f"compare-{run_name(runs[0].config).partition('-')[0]}")
         runs = [dataclasses.replace(run, folder=out / run.name) for run in runs]
-    out, jobs = runs[0].folder.parent, min(options.jobs, len(runs))
-    divided = share_of_machine(jobs, flags)
+    out, at_once = runs[0].folder.parent, min(options.jobs, len(runs))
+    on_cluster = options.launcher == "ray"
+    divided = flags_of_share(options.cpus, flags) if on_cluster else share_of_machine(at_once, flags)
     if options.dry_run:
-        tell_estimate(runs, jobs, divided)
+        tell_estimate(runs, at_once, divided)
         return 0
+    logs = out / "logs"
+    try:
+        with contextlib.ExitStack() as open_while_running:
+            start: Callable[[PlannedRun], StartedRun] = functools.partial(start_here, divided=divided, logs=logs)
+            if on_cluster:  # how many run at once is Ray's to say
+                cluster = on_ray(options.address, options.cpus, options.gpus, divided, logs)
+                start, at_once = open_while_running.enter_context(cluster), len(runs)
+            tell_start(runs, out, arguments)
+            progress = run_all(runs, start, at_once, open_while_running.enter_context(progress_view(runs)))
+    except KeyboardInterrupt:
+        print(f"{PROGRAM}: interrupted; the same command goes on", file=sys.stderr)
+        return 130
+    for name, reason in progress.reasons.items():
+        print(f"{PROGRAM}: {name} failed, {reason}; see {logs / f'{name}.log'}", file=sys.stderr)
+    return 1 if progress.reasons else 0
+
+
+def tell_start(runs: Sequence[PlannedRun], out: Path, arguments: Sequence[str]) -> None:
+    """Say what there is to do, and keep the command beside the runs."""
     states = [run.state() for run in runs]
     print(f"{len(runs)} runs in {out}: {', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states))}")
     out.mkdir(parents=True, exist_ok=True)
     with (out / "command.txt").open("a") as file:
         file.write(shlex.join([Path(sys.argv[0]).name, "compare", *arguments]) + "\n")
-    try:
-        with progress_view(runs, jobs) as show:
-            progress = run_all(runs, jobs, divided, out / "logs", show)
-    except KeyboardInterrupt:
-        print(f"{PROGRAM}: interrupted; the same command goes on", file=sys.stderr)
-        return 130
-    for name, reason in progress.reasons.items():
-        print(f"{PROGRAM}: {name} failed, {reason}; see {out / 'logs' / f'{name}.log'}", file=sys.stderr)
-    return 1 if progress.reasons else 0
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -13,7 +13,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 
 from mtrl_imgrad.comparison.plan import PlannedRun, State, last_row
-from mtrl_imgrad.comparison.processes import Progress
+from mtrl_imgrad.comparison.sweep import Progress
 
 SUMMARY_EVERY = 60.0
 """Seconds between two summaries where there is no terminal."""
@@ -40,7 +40,7 @@ def standing(run: PlannedRun) -> Standing:
 
 
 @contextmanager
-def progress_view(runs: Sequence[PlannedRun], jobs: int) -> Iterator[Callable[[Progress], None]]:
+def progress_view(runs: Sequence[PlannedRun]) -> Iterator[Callable[[Progress], None]]:
     """What `run_all` tells its progress to."""
     console = Console(highlight=False, soft_wrap=True)
     started, begun = time.monotonic(), {run.name: standing(run).step for run in runs}

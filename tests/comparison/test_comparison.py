@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import re
@@ -20,7 +21,8 @@ from mtrl_imgrad.cli import main
 from mtrl_imgrad.comparison.command import split
 from mtrl_imgrad.comparison.estimate import Cost, measure
 from mtrl_imgrad.comparison.plan import last_row, plan
-from mtrl_imgrad.comparison.processes import Progress, run_all, share_of_machine
+from mtrl_imgrad.comparison.processes import share_of_machine, start_here
+from mtrl_imgrad.comparison.sweep import Progress, run_all
 from mtrl_imgrad.comparison.view import progress_view, summary, time_left
 from mtrl_imgrad.config import to_dict
 from mtrl_imgrad.files import FolderLock, is_locked
@@ -41,7 +43,8 @@ def tiny_plan(out: Path, methods: tuple[str, ...] = ("mean", "imgrad"), seeds: t
 
 
 def finish(runs, jobs: int = 2, show=lambda progress: None) -> Progress:
-    return run_all(runs, jobs, SHARE, runs[0].folder.parent / "logs", show, PROGRAM, every=0.05)
+    start = functools.partial(start_here, divided=SHARE, logs=runs[0].folder.parent / "logs", program=PROGRAM)
+    return run_all(runs, start, jobs, show, every=0.05)
 
 
 def results(out: Path) -> dict[str, bytes]:
@@ -224,7 +227,7 @@ class TestView:
 
     def test_without_a_terminal_each_change_is_one_line(self, tmp_path, capsys):
         progress = self.progress(tmp_path)
-        with progress_view(progress.runs, 1) as show:
+        with progress_view(progress.runs) as show:
             show(progress)
             show(progress)
             progress.states["imgrad-s1"], progress.reasons["imgrad-s1"] = "failed", "exit code 1: [why]"
@@ -297,7 +300,8 @@ class TestCommand:
 
     def test_it_ends_with_0_then_does_nothing_and_names_what_failed_with_1(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr("mtrl_imgrad.comparison.processes.MTRL_IMGRAD", PROGRAM)
+        tiny_start = functools.partial(start_here, program=PROGRAM)
+        monkeypatch.setattr("mtrl_imgrad.comparison.command.start_here", tiny_start)
         command = ["compare", *TINY, "--aggregators", "mean", "--seeds", "1", "--threads", "1"]
         assert main(command) == 0
         out = tmp_path / "runs" / "compare-2tasks"
