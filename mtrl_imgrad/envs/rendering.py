@@ -22,6 +22,8 @@ from jaxtyping import UInt8
 
 LIBRARIES = {"linux": ("egl", "osmesa", "glfw"), "darwin": ("cgl",)}
 """What MuJoCo can draw with, in the order in which they are tried."""
+CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
+"""Every one of Meta-World's models has these."""
 MISSING = (
     "render: no graphics library works here (tried {tried}); on Debian and Ubuntu `apt-get install libosmesa6` gives "
     "one that needs neither GPU nor screen (MUJOCO_GL=osmesa), and a GPU's driver with libegl1 a faster one "
