@@ -30,7 +30,7 @@ SECONDS_AT_THE_END = 1
 """Seconds of video for which an episode's last frame stands still."""
 LARGEST, GRID_WIDTH, SMALLEST = 480, 1600, 192
 """Pixels: side of a task's square where `size` does not say it. The columns of a grid share GRID_WIDTH."""
-SIZES = range(160, 2161, 2)
+SIZES = range(SMALLEST, 2161, 2)
 """Pixels that a side may have. On fewer a caption cannot be read, and H.264 wants even numbers."""
 
 
@@ -127,7 +127,10 @@ def record(options: RecordOptions, tell: Callable[[Episode], None] = lambda epis
     for task in itertools.chain(*groups.values()):
         agent.policy(task)  # an unknown name is told before anything is played
     out = options.out or options.run / "videos"
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"out: {out} cannot be made ({error.strerror}).") from None
     for name, tasks in groups.items():
         width, height = tile_size(options.size, len(tasks))
         show = Show(options.camera, width, height, options.fps, options.speed)

@@ -90,8 +90,8 @@ def with_caption(picture: Frame, caption: Caption) -> Frame:
     total = f"{'final ' if caption.final else ''}return {caption.return_:.0f}"
     lines = (
         (caption.task, "", BRIGHT),
-        (f"goal {caption.goal}", f"step {caption.step} of {caption.horizon}", DIM),
-        (caption.success, total, RED if missed else BRIGHT),
+        (f"goal {caption.goal}", total, DIM),
+        (caption.success, f"step {caption.step}/{caption.horizon}", RED if missed else BRIGHT),
     )
     for number, (left, right, colour) in enumerate(lines):
         y = MARGIN + number * (_font_size(width) + MARGIN)
