@@ -51,7 +51,7 @@ class RecordOptions:
     out: Path | None = None
     """Folder for the files, RUN/videos where none is given. A file of the same name is replaced."""
     format: Literal["mp4", "gif", "both"] = "mp4"
-    """mp4 is H.264; gif is smaller in size, with 10 frames per second at most, for slides and issues."""
+    """mp4 is H.264; a gif, for slides and issues, has smaller pictures and at most 10 of them per second."""
     camera: str = "corner4"
     """Meta-World's camera: topview, corner, corner2, corner3, corner4, behindGripper or gripperPOV."""
     size: str | None = None

@@ -96,7 +96,7 @@ def with_caption(picture: Frame, caption: Caption) -> Frame:
     for number, (left, right, colour) in enumerate(lines):
         y = MARGIN + number * (_font_size(width) + MARGIN)
         draw.text((MARGIN, y), left, colour, font)
-        draw.text((width - MARGIN, y), right, colour, font, anchor="ra")
+        draw.text((width - MARGIN, y), right, BRIGHT, font, anchor="ra")
     return np.concatenate([np.asarray(image), picture])
 
 
