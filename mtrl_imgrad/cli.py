@@ -1,4 +1,4 @@
-"""The command line: `mtrl-imgrad train | evaluate | compare | bench | list`.
+"""The command line: `mtrl-imgrad train | evaluate | record | compare | bench | list`.
 
 A user's mistake ends with exit code 2 and at most two lines on stderr.
 """
@@ -25,6 +25,7 @@ from mtrl_imgrad.envs.worker_pool import WorkerError
 from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.overlays import configs_folder, parse_config, refuse_changes, take_options
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
+from mtrl_imgrad.record import command_record
 
 
 def command_train(arguments: Sequence[str]) -> None:
@@ -96,6 +97,7 @@ def command_list(arguments: Sequence[str]) -> None:
 COMMANDS = {
     "train": command_train,
     "evaluate": command_evaluate,
+    "record": command_record,
     "compare": command_compare,
     "bench": command_bench,
     "list": command_list,
@@ -104,6 +106,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
 
   train      train an agent:                {PROGRAM} train --config quickstart
   evaluate   evaluate a run on every goal:  {PROGRAM} evaluate runs/NAME
+  record     make videos of its episodes:   {PROGRAM} record runs/NAME
   compare    train several aggregators:     {PROGRAM} compare --config quickstart --seeds 5 --jobs 2
   bench      measure what things cost:      {PROGRAM} bench envs|solvers|update
   list       show what there is to choose:  {PROGRAM} list tasks|aggregators|configs

@@ -9,6 +9,9 @@ from pathlib import Path
 import hypothesis
 import pytest
 import torch
+from gymnasium.error import DependencyNotInstalled
+
+from mtrl_imgrad.envs.rendering import graphics_library
 
 hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
@@ -19,6 +22,15 @@ Rows = list[dict[str, str]]
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def needs_graphics() -> None:
+    """Skips what draws where there is no graphics library to draw with."""
+    try:
+        graphics_library()
+    except DependencyNotInstalled as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="session")

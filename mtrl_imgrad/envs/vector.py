@@ -298,7 +298,8 @@ class MetaworldVectorEnv(VectorEnv):
         return tuple(self.render_row(row) for row in range(self.num_envs))
 
     def render_row(self, row: int) -> UInt8[np.ndarray, "height width rgb=3"]:
-        """A picture of one row, row `k * envs_per_task + e`. A row drawn once keeps some 20 MB for it.
+        """A picture of one row, row `k * envs_per_task + e`. A row drawn once keeps some 100 MB for it where the CPU
+        draws.
 
         Raises:
             RuntimeError: the env was made without `render_mode`, or not yet reset.

@@ -12,21 +12,12 @@ import pytest
 from gymnasium.error import DependencyNotInstalled
 
 from mtrl_imgrad.envs import MetaworldTaskEnv, MetaworldVectorEnv, TaskEnv, make_goals
-from mtrl_imgrad.envs.rendering import TaskRenderer, graphics_library
+from mtrl_imgrad.envs.rendering import CAMERAS, TaskRenderer, graphics_library
 from mtrl_imgrad.envs.sb3 import MtVecEnv
 
 ROOT = Path(__file__).parents[2]
-CAMERAS = ("topview", "corner", "corner2", "corner3", "corner4", "behindGripper", "gripperPOV")
 GOAL_GREEN = 2.0
 """A goal's marker is a green ball: its green is more than this times its red and its blue."""
-
-
-@pytest.fixture
-def needs_graphics():
-    try:
-        graphics_library()
-    except DependencyNotInstalled as missing:
-        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="module")
