@@ -1,4 +1,4 @@
-"""The command line: `mtrl-imgrad train | evaluate | record | compare | bench | list`.
+"""The command line: `mtrl-imgrad train | evaluate | record | compare | report | bench | list`.
 
 A user's mistake ends with exit code 2 and at most two lines on stderr.
 """
@@ -26,6 +26,7 @@ from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.overlays import configs_folder, parse_config, refuse_changes, take_options
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
 from mtrl_imgrad.record import command_record
+from mtrl_imgrad.report.command import command_report
 
 
 def command_train(arguments: Sequence[str]) -> None:
@@ -99,6 +100,7 @@ COMMANDS = {
     "evaluate": command_evaluate,
     "record": command_record,
     "compare": command_compare,
+    "report": command_report,
     "bench": command_bench,
     "list": command_list,
 }
@@ -108,6 +110,7 @@ USAGE = f"""usage: {PROGRAM} COMMAND ...
   evaluate   evaluate a run on every goal:  {PROGRAM} evaluate runs/NAME
   record     make videos of its episodes:   {PROGRAM} record runs/NAME
   compare    train several aggregators:     {PROGRAM} compare --config quickstart --seeds 5 --jobs 2
+  report     compare runs on success:       {PROGRAM} report runs --out report
   bench      measure what things cost:      {PROGRAM} bench envs|solvers|update
   list       show what there is to choose:  {PROGRAM} list tasks|aggregators|configs
 

@@ -1,0 +1,1 @@
+"""`mtrl-imgrad report`: run folders -> one HTML page, Markdown, CSV and figures."""
