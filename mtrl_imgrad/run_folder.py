@@ -162,9 +162,8 @@ def _text(path: Path) -> str:
 
 def _rows(path: Path) -> Rows:
     """Complete lines only: the last one may be in the middle of being written."""
-    lines = _text(path).splitlines(keepends=True)
-    complete = lines if not lines or lines[-1].endswith("\n") else lines[:-1]
-    reader = csv.DictReader(io.StringIO("".join(complete)))
+    text = _text(path)
+    reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
     return tuple(row for row in reader if None not in row and None not in row.values())
 
 

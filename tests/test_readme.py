@@ -14,6 +14,7 @@ from mtrl_imgrad import cli
 from mtrl_imgrad.agent import Agent
 from mtrl_imgrad.bench.command import bench_options
 from mtrl_imgrad.record import RecordOptions
+from mtrl_imgrad.report.command import ReportOptions
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -57,7 +58,12 @@ def test_every_command_of_ours_is_accepted(tmp_path, monkeypatch):
             _, rest = cli.take_options(rest, ("resume",))
             cli.parse_config(rest)
         else:
-            options = {"evaluate": cli.EvaluateOptions, "record": RecordOptions, "list": cli.ListOptions}
+            options = {
+                "evaluate": cli.EvaluateOptions,
+                "record": RecordOptions,
+                "report": ReportOptions,
+                "list": cli.ListOptions,
+            }
             bench_options(rest) if command == "bench" else cli.parse(options[command], rest, command)
         checked += 1
     assert checked >= 8

@@ -98,11 +98,13 @@ def write_report(paths: Sequence[Path], out: Path) -> Report:
 
 def console_text(report: Report) -> str:
     """The final success as a table for a terminal, and where the rest is."""
+    from mtrl_imgrad.report.tables import printable
+
     lines = [report.final.columns, *report.final.rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(report.final.columns))]
     rows = ["  ".join(f"{cell:<{width}}" for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
     parts = [*rows, "", *report.final.notes, *report.verdict, *report.notices, str(report.folder / "index.html")]
-    return "\n".join("".join(c if c.isprintable() else " " for c in part) for part in parts)
+    return "\n".join(map(printable, parts))
 
 
 def _refuse_foreign(out: Path) -> None:

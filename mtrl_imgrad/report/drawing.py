@@ -116,9 +116,15 @@ def _compact(steps: float) -> str:
     return f"{steps:g}"
 
 
-def wrapped(text: str, width: int = 26) -> str:
+def wrapped(text: str, width: int = 28) -> str:
     """A label in lines, at most four."""
     return "\n".join(textwrap.wrap(text, width, break_on_hyphens=False)[:4]) or text
+
+
+def columns_of(labels: Sequence[str]) -> int:
+    """Columns of a legend above a figure that takes the whole width."""
+    longest = max(len(line) for label in labels for line in wrapped(label).splitlines())
+    return max(1, min(len(labels), 90 // (longest + 6)))
 
 
 def cut(text: str, length: int) -> str:

@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
 from mtrl_imgrad.report.diagnostics import DIAGNOSTICS, SIDES, lines, task_weights
-from mtrl_imgrad.report.drawing import WIDTH, Made, Styles, cut, plain_numbers, step_axis, wrapped
+from mtrl_imgrad.report.drawing import WIDTH, Made, Styles, columns_of, cut, plain_numbers, step_axis, wrapped
 from mtrl_imgrad.report.results import Results
 
 
@@ -34,7 +36,8 @@ def diagnostics(results: Results, styles: Styles) -> Made:
                 if line:
                     for values in line.by_seed.values():
                         axes.plot(line.steps, values, linewidth=0.5, alpha=0.4, **styles[label])
-                    (handles[label],) = axes.plot(line.steps, line.mean, linewidth=1.6, **styles[label])
+                    marker = "." if len(line.steps) == 1 else ""
+                    (handles[label],) = axes.plot(line.steps, line.mean, marker=marker, linewidth=1.6, **styles[label])
             if name == "norm_ratio":
                 plain_numbers(axes)
             step_axis(axes)
@@ -43,9 +46,8 @@ def diagnostics(results: Results, styles: Styles) -> Made:
             if column == 0:
                 axes.set_ylabel(textwrap.fill(DIAGNOSTICS[name], 22))
     figure.supxlabel("simulator steps per task", fontsize=9)
-    figure.legend(
-        handles.values(), [wrapped(label) for label in handles], loc="outside upper center", ncols=min(5, len(handles))
-    )
+    labels = [wrapped(label) for label in handles]
+    figure.legend(handles.values(), labels, loc="outside upper center", ncols=columns_of(list(handles)))
     caption = (
         "Gradients of the tasks' losses with respect to the shared parameters. Thick: mean over seeds. Thin: every "
         "seed. Each point is the mean over the rows of progress.csv around it. cos theta, where a rule has it, is the "
@@ -55,47 +57,36 @@ def diagnostics(results: Results, styles: Styles) -> Made:
 
 
 def weights(results: Results, styles: Styles) -> Made:
-    found = [[task_weights(one.group, side, results.tasks) for one in results.groups] for side in SIDES]
-    columns = [j for j in range(len(results.groups)) if any(row[j] for row in found)]
-    if not columns:
+    found = {one.label: [task_weights(one.group, side, results.tasks) for side in SIDES] for one in results.groups}
+    shown = {label: sides for label, sides in found.items() if any(sides)}
+    if not shown:
         return None
-    height = max(1.5, 0.15 * len(results.tasks))
-    across = min(3, len(columns))
-    blocks = [columns[start : start + across] for start in range(0, len(columns), across)]
-    figure = Figure(figsize=(WIDTH, (0.5 + height) * len(SIDES) * len(blocks) + 0.6), layout="constrained")
-    panels = figure.subplots(len(blocks) * len(SIDES), across, squeeze=False)
-    largest = max(float(np.quantile(np.abs(cell[1] - 1), 0.98)) for row in found for cell in row if cell)
-    reach = max(largest, 0.1)
-    mesh = None
-    for block, group_columns in enumerate(blocks):
-        for i, side in enumerate(SIDES):
-            for place in range(across):
-                axes: Axes = panels[block * len(SIDES) + i, place]
-                cell = found[i][group_columns[place]] if place < len(group_columns) else None
-                if cell is None:
-                    axes.set_axis_off()
-                    continue
-                steps, weights = cell
-                edges = _edges(steps)
-                mesh = axes.pcolormesh(
-                    edges, np.arange(len(weights) + 1), weights, cmap="PuOr_r", vmin=1 - reach, vmax=1 + reach,
-                    rasterized=True,
-                )  # fmt: skip
-                axes.set_ylim(len(weights), 0)
-                size = 7 if len(weights) <= 20 else 5.5
-                names = [cut(task, 24) for task in results.tasks] if place == 0 else []
-                axes.set_yticks(np.arange(len(names)) + 0.5, names, fontsize=size)
-                axes.set_title(f"{wrapped(results.groups[group_columns[place]].label)}, {side}", fontsize=8)
-                axes.grid(visible=False)
-                step_axis(axes)
-                axes.tick_params(axis="x", labelsize=7)
-    if mesh is not None:
-        figure.colorbar(mesh, ax=panels, location="bottom", shrink=0.5, aspect=40, extend="both", pad=0.02)
-    figure.supxlabel("weight over the mean size of all weights, against simulator steps per task", fontsize=9)
+    tasks = len(results.tasks)
+    height = 0.55 + max(1.0, 0.16 * tasks if tasks <= 20 else 0.115 * tasks)
+    figure = Figure(figsize=(WIDTH, 0.9 + height * len(shown)), layout="constrained")
+    panels = figure.subplots(len(shown), len(SIDES), squeeze=False, sharex=True)
+    values = np.concatenate([side[1].ravel() for sides in shown.values() for side in sides if side])
+    low, high = np.quantile(values, [0.02, 0.98])
+    norm = TwoSlopeNorm(1.0, min(0.0, low), max(2.0, high))
+    names = [cut(task, 26) for task in results.tasks]
+    for row, (label, sides) in enumerate(shown.items()):
+        for column, side in enumerate(sides):
+            axes: Axes = panels[row, column]
+            axes.grid(visible=False)
+            axes.set_ylim(tasks, 0)
+            axes.set_yticks(np.arange(tasks) + 0.5, names, fontsize=7 if tasks <= 20 else 5.5)
+            axes.tick_params(axis="y", left=column == 0, labelleft=column == 0)
+            axes.set_title(f"{wrapped(label, 40)}, {SIDES[column]}", fontsize=8)
+            if side:
+                borders = (_edges(side[0]), np.arange(tasks + 1))
+                axes.pcolormesh(*borders, side[1], cmap="PuOr_r", norm=norm, rasterized=True)
+            step_axis(axes)
+    mappable = ScalarMappable(norm, "PuOr_r")
+    bar = figure.colorbar(mappable, ax=panels, location="bottom", shrink=0.5, aspect=40, extend="both", pad=0.02)
+    bar.set_label("weight over the mean size of all weights, against simulator steps per task")
     caption = (
         "Weight of each task in the direction, over the mean size of all weights, mean over seeds: 1 (white) is the "
-        "share that the plain mean gives to every task. A weight multiplies a gradient whose norm differs "
-        "between tasks."
+        "share that the plain mean gives to every task. A weight multiplies a gradient, and these differ in norm."
     )
     return figure, "Heat maps of the weight of each task over training, for the critic and the actor.", caption
 

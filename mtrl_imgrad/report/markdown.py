@@ -6,7 +6,7 @@ import re
 from html import escape
 
 from mtrl_imgrad.report.document import Commands, Document, Part, Section
-from mtrl_imgrad.report.tables import Table
+from mtrl_imgrad.report.tables import Table, printable
 
 
 def markdown(document: Document) -> str:
@@ -19,8 +19,7 @@ def markdown(document: Document) -> str:
 
 def text(raw: str) -> str:
     """Any text as Markdown that shows it: no HTML, no table borders, no emphasis, no links, on one line."""
-    printable = " ".join("".join(c if c.isprintable() else " " for c in raw).split())
-    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", escape(printable, quote=False))
+    return re.sub(r"([\\`*_\[\]|#~])", r"\\\1", escape(_line(raw), quote=False))
 
 
 def table_text(table: Table) -> str:
@@ -28,6 +27,10 @@ def table_text(table: Table) -> str:
     lines = [table.columns, ("---", *("--:" for _ in table.columns[1:])), *table.rows]
     rows = [line if i == 1 else tuple(text(cell) for cell in line) for i, line in enumerate(lines)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
+
+
+def _line(raw: str) -> str:
+    return " ".join(printable(raw).split())
 
 
 def _section(section: Section) -> str:
@@ -41,6 +44,6 @@ def _part(part: Part) -> str:
         return table_text(part) + "".join(f"\n{text(note)}\n" for note in part.notes)
     if isinstance(part, Commands):
         # Indented, not fenced: no line of a file can end the block.
-        lines = "".join(f"    {' '.join(line.split())}\n" for line in part.lines)
+        lines = "".join(f"    {_line(line)}\n" for line in part.lines)
         return f"{text(part.title)}:\n\n{lines}"
     return f"![{text(part.alt)}](figures/{part.name}.svg)\n\n{text(part.caption)}\n"

@@ -9,7 +9,7 @@ from html import escape
 
 from mtrl_imgrad.report.document import Commands, Document, Part, Section
 from mtrl_imgrad.report.figures import Drawn
-from mtrl_imgrad.report.tables import Table
+from mtrl_imgrad.report.tables import Table, printable
 
 STYLE = """
 :root { color-scheme: light dark; --text: #1c1e21; --quiet: #5b6169; --line: #d9dce0; --paper: #ffffff; --tint: #f5f6f8;
@@ -86,7 +86,7 @@ def page(document: Document) -> str:
 
 def text(raw: str) -> str:
     """Any text as HTML: escaped, and without control characters, which no page may contain."""
-    return escape("".join(c if c.isprintable() else " " for c in raw))
+    return escape(printable(raw))
 
 
 def _anchor(section: Section) -> str:

@@ -75,7 +75,7 @@ def curves_by_seed(results: Results, styles: Styles) -> Made:
         _band(axes, curve, color)
         for values in curve.by_seed.values():
             axes.plot(curve.steps, values, color=color, linewidth=0.7, alpha=0.8)
-        axes.plot(curve.steps, _means(curve), color=color, linewidth=2.2)
+        axes.plot(curve.steps, _means(curve), color=color, linewidth=2.2, marker="o", markersize=3)
         axes.set_title(wrapped(label), fontsize=9)
         _success_axis(axes, labels=False)
     for axes in panels.flat[len(groups) :]:

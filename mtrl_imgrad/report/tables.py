@@ -27,6 +27,11 @@ class Table:
     """Sentences below the table, each once."""
 
 
+def printable(raw: str) -> str:
+    """Text from a file without the control characters that would steer a terminal or break a page."""
+    return "".join(c if c.isprintable() else " " for c in raw)
+
+
 def final_table(results: Results) -> Table:
     """Final success of each group: mean, interquartile mean and every seed."""
     rows: list[tuple[str, ...]] = []
