@@ -62,7 +62,14 @@ def _pairs(results: Results) -> Iterable[Sequence[object]]:
         yield pair.a, pair.b, "probability of improvement", *_numbers(pair.improvement), "", ""
         if pair.difference:
             p_value = "" if pair.p_value is None else pair.p_value
-            yield pair.a, pair.b, "difference by seed", *_numbers(pair.difference.mean), p_value, pair.holm
+            yield (
+                pair.a,
+                pair.b,
+                "difference by seed",
+                *_numbers(pair.difference.mean),
+                p_value,
+                "" if pair.p_value is None else pair.holm,
+            )
 
 
 def _numbers(estimate: Estimate) -> tuple[object, ...]:

@@ -63,7 +63,7 @@ def curves_by_seed(results: Results, styles: Styles) -> Made:
     groups = results.curves
     if not groups:
         return None
-    columns = min(3, len(groups))
+    columns = 2 if len(groups) in (2, 4) else min(3, len(groups))
     rows = -(-len(groups) // columns)
     figure = Figure(figsize=(WIDTH, 0.4 + 2.1 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
@@ -78,6 +78,8 @@ def curves_by_seed(results: Results, styles: Styles) -> Made:
         axes.plot(curve.steps, _means(curve), color=color, linewidth=2.2, marker="o", markersize=3)
         axes.set_title(wrapped(label), fontsize=9)
         _success_axis(axes, labels=False)
+    for axes in panels.flat[: len(groups)][-columns:]:  # the lowest of their columns
+        axes.tick_params(labelbottom=True)
     for axes in panels.flat[len(groups) :]:
         axes.set_axis_off()
     figure.supxlabel("simulator steps per task", fontsize=9)
