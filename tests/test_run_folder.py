@@ -4,8 +4,8 @@ import json
 
 import numpy as np
 import pytest
-from run_folders import TASKS, write_run
 from tiny_world import make_world, tiny_config
+from written_runs import TASKS, write_run
 
 from mtrl_imgrad.config import EvalConfig
 from mtrl_imgrad.run_folder import find_run_folders, read_run_folder

@@ -61,15 +61,8 @@ def _pairs(results: Results) -> Iterable[Sequence[object]]:
     for pair in results.pairs:
         yield pair.a, pair.b, "probability of improvement", *_numbers(pair.improvement), "", ""
         if pair.difference:
-            p_value = "" if pair.p_value is None else pair.p_value
-            yield (
-                pair.a,
-                pair.b,
-                "difference by seed",
-                *_numbers(pair.difference.mean),
-                p_value,
-                "" if pair.p_value is None else pair.holm,
-            )
+            tested = ("", "") if pair.p_value is None else (pair.p_value, pair.holm)
+            yield pair.a, pair.b, "difference by seed", *_numbers(pair.difference.mean), *tested
 
 
 def _numbers(estimate: Estimate) -> tuple[object, ...]:

@@ -63,8 +63,7 @@ def weights(results: Results, styles: Styles) -> Made:
         return None
     tasks = len(results.tasks)
     height = 0.55 + max(1.0, 0.16 * tasks if tasks <= 20 else 0.115 * tasks)
-    total = 0.9 + height * len(shown)
-    figure = Figure(figsize=(WIDTH, total), layout="constrained")
+    figure = Figure(figsize=(WIDTH, 0.9 + height * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), len(SIDES), squeeze=False, sharex=True)
     values = np.concatenate([side[1].ravel() for sides in shown.values() for side in sides if side])
     low, high = np.quantile(values, [0.02, 0.98])
@@ -83,7 +82,9 @@ def weights(results: Results, styles: Styles) -> Made:
                 axes.pcolormesh(*borders, side[1], cmap="PuOr_r", norm=norm, rasterized=True)
             step_axis(axes)
     mappable = ScalarMappable(norm, "PuOr_r")
-    bar = figure.colorbar(mappable, ax=panels, location="bottom", shrink=0.5, aspect=40, extend="both", pad=0.1 / total)
+    bar = figure.colorbar(
+        mappable, ax=panels[-1, :], location="bottom", shrink=0.5, aspect=40, extend="both", pad=0.15 / height
+    )
     bar.set_label("weight over the mean size of all weights, against simulator steps per task")
     caption = (
         "Weight of each task in the direction, over the mean size of all weights, mean over seeds: 1 (white) is the "

@@ -6,8 +6,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 import pytest
-from run_folders import write_run
 from scipy import stats
+from written_runs import write_run
 
 from mtrl_imgrad import cli
 from mtrl_imgrad.report.command import console_text, write_report

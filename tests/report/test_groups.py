@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 
 import pytest
-from run_folders import VERSIONS, write_run
+from written_runs import VERSIONS, write_run
 
 from mtrl_imgrad.config import to_dict
 from mtrl_imgrad.report import groups
