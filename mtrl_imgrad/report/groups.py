@@ -81,7 +81,9 @@ def select(runs: Sequence[RunFolder]) -> Selection:
         if known:
             further, behind = sorted((known, run), key=_progress, reverse=True)
             seeds[run.config.seed] = further
-            others.append(LeftOut(behind.path, f"the same settings and seed as {further.path}, which is as far or further"))
+            others.append(
+                LeftOut(behind.path, f"the same settings and seed as {further.path}, which is as far or further")
+            )
         else:
             seeds[run.config.seed] = run
     labels = _labels([dict(settings) for settings in by_settings])
