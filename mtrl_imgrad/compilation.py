@@ -165,7 +165,7 @@ class CompiledUpdate:
         self.noises = [name for name, tensor in vars(noise).items() if tensor is not None]
         self.batch_names = list(vars(batch))
         self.update = update  # its rules have to live as long as the graph
-        self.outputs: tuple[list[str], list[str], list[str]] = ([], [], [])
+        self.outputs: tuple[list[str], ...] = ()
 
         def flat(tensors: list[Tensor]) -> list[Tensor]:
             left = iter(tensors)
@@ -173,8 +173,9 @@ class CompiledUpdate:
             rows = Batch(**{name: next(left) for name in self.batch_names})
             drawn = {name: next(left) if name in self.noises else None for name in vars(noise)}
             new, metrics = update(taken, rows, Noise(**drawn))  # pyright: ignore[reportArgumentType]
-            self.outputs = (list(new), list(metrics.per_task), list(metrics.scalars))
-            return [*new.values(), *metrics.per_task.values(), *metrics.scalars.values()]
+            parts = (new, *vars(metrics).values())
+            self.outputs = tuple(list(part) for part in parts)
+            return [tensor for part in parts for tensor in part.values()]
 
         traced = make_fx(flat, tracing_mode="fake")(self._tensors(state, batch, noise))
         # The number of threads is part of the generated code, so it has to be part of what torch keeps it under.
@@ -193,8 +194,8 @@ class CompiledUpdate:
     def __call__(self, state: State, batch: Batch, noise: Noise) -> tuple[State, Metrics]:
         """See `SacUpdate`."""
         left = iter(self.graph(self._tensors(state, batch, noise)))
-        new, per_task, scalars = ({name: next(left) for name in names} for names in self.outputs)
-        return new, Metrics(per_task, scalars)
+        new, *metrics = ({name: next(left) for name in names} for names in self.outputs)
+        return new, Metrics(*metrics)
 
 
 def with_operators(update: SacUpdate, state: State) -> SacUpdate:
@@ -268,8 +269,5 @@ class CapturedUpdate:
                 if value is not None and value is not given[name]:
                     value.copy_(given[name])
         self.graph.replay()
-        per_task, scalars = (
-            {tag: value.clone() for tag, value in part.items()}
-            for part in (self.metrics.per_task, self.metrics.scalars)
-        )
-        return {name: self.state[name] for name in self.changing}, Metrics(per_task, scalars)
+        metrics = ({tag: value.clone() for tag, value in part.items()} for part in vars(self.metrics).values())
+        return {name: self.state[name] for name in self.changing}, Metrics(*metrics)

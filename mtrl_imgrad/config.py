@@ -227,9 +227,13 @@ class LogConfig:
     """Steps per task between log rows."""
     tensorboard: bool = True
     """Write TensorBoard events into the run folder."""
+    wandb: bool = False
+    """Copy what goes to TensorBoard to Weights & Biases, under the run folder's name. Needs the extra `wandb`, heeds
+    WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
 
     def __post_init__(self) -> None:
         _require(self.every >= 1, "log.every", self.every, "at least 1")
+        _require(self.tensorboard or not self.wandb, "log.wandb", self.wandb, "false without log.tensorboard")
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,12 @@ from jaxtyping import Float64
 from torch import Tensor
 
 
+def gradient_cosines(gramian: Float64[Tensor, "tasks tasks"]) -> Float64[Tensor, "tasks tasks"]:
+    """cos(g_i, g_j) of every two tasks; 0 where a gradient is zero or not finite."""
+    norms = gramian.diagonal().sqrt()
+    return (gramian / (norms[:, None] * norms)).nan_to_num(0.0)
+
+
 def gradient_statistics(gramian: Float64[Tensor, "tasks tasks"]) -> dict[str, Tensor]:
     """Scalars on the Gramian's device, without a host synchronisation.
 
@@ -17,7 +23,7 @@ def gradient_statistics(gramian: Float64[Tensor, "tasks tasks"]) -> dict[str, Te
     norms = gramian.diagonal().sqrt()
     tasks = gramian.shape[0]
     pairs = max(1, tasks * (tasks - 1))
-    cosines = (gramian / (norms[:, None] * norms)).nan_to_num(0.0)
+    cosines = gradient_cosines(gramian)
     off_diagonal = cosines - cosines.diagonal().diag_embed()
     return {
         "cosine_mean": off_diagonal.sum() / pairs,

@@ -95,13 +95,15 @@ def write_rows(path: Path, episodes: Sequence[Episode]) -> None:
     replaced.
     """
     kept = [line for line in _read_rows(path) if int(line[0]) != episodes[0].step]
-    _replace_rows(path, [*kept, *(list(asdict(episode).values()) for episode in episodes)])
+    _replace_rows(path, [COLUMNS, *kept, *(list(asdict(episode).values()) for episode in episodes)])
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Remove rows that a run wrote after the checkpoint from which it goes on."""
+    """Remove the rows that a run wrote after the checkpoint from which it goes on; the first column is the step."""
     if path.exists():
-        _replace_rows(path, [line for line in _read_rows(path) if int(line[0]) <= step])
+        with path.open(newline="") as file:
+            columns, *lines = csv.reader(file)
+        _replace_rows(path, [columns, *(line for line in lines if int(line[0]) <= step)])
 
 
 def _read_rows(path: Path) -> list[list[str]]:
@@ -114,7 +116,7 @@ def _read_rows(path: Path) -> list[list[str]]:
 def _replace_rows(path: Path, lines: Sequence[Sequence[Any]]) -> None:
     beside = path.with_suffix(".tmp")
     with beside.open("w", newline="") as file:
-        csv.writer(file).writerows([COLUMNS, *lines])
+        csv.writer(file).writerows(lines)
     os.replace(beside, path)
 
 

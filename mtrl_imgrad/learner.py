@@ -120,6 +120,15 @@ class Learner:
         layouts = (self.sac.actor.layout, self.sac.critic.layout)
         return sum(x.shared_size for x in layouts), sum(x.size - x.shared_size for x in layouts)
 
+    def parameters(self) -> dict[str, Tensor]:
+        """Every parameter of actor and critics, `<network>/<name>`, as a view."""
+        networks = {"actor": self.sac.actor, "critic": self.sac.critic}
+        return {
+            f"{network}/{name}": view
+            for network, function in networks.items()
+            for name, view in function.layout.views(self.state[network]).items()
+        }
+
     def state_dict(self) -> State:
         """Everything that training changes, by name."""
         return dict(self.state)

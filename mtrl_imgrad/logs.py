@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import os
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
-from stable_baselines3.common.logger import KVWriter, Logger, TensorBoardOutputFormat
+from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from mtrl_imgrad.learner import NonFiniteError
-from mtrl_imgrad.sac_update import LOSSES, Metrics
+from mtrl_imgrad.sac_update import LOSSES
+from mtrl_imgrad.tensorboard import FOLDER, TensorBoard
 
 
 class ProgressCsv(KVWriter):
@@ -66,56 +66,6 @@ class ProgressCsv(KVWriter):
             writer.writeheader()
             writer.writerows(rows)
         os.replace(beside, self.path)
-
-
-class TensorBoard(TensorBoardOutputFormat):
-    """stable-baselines3's TensorBoard writer, which hides what an interrupted run left from `purge_step` on."""
-
-    def __init__(self, folder: Path, purge_step: int | None) -> None:
-        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
-        self._is_closed = False
-
-
-class Averages:
-    """Means of an update's metrics since the last log row, kept on the device so that no update waits for the host."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.tags: list[list[str]] = []
-        self.sums: list[Tensor] = []
-        """Of the numbers per task, [tags, K], and of the scalars, [tags]."""
-
-    def add(self, metrics: Metrics) -> None:
-        values = self._stack(metrics.per_task, metrics.scalars)
-        self.sums = [total + new for total, new in zip(self.sums, values, strict=True)] if self.sums else values
-        self.count += 1
-
-    def pop(self, tasks: Sequence[str]) -> dict[str, float]:
-        """Tag -> mean, with `<tag>/<task>` and the mean over tasks for numbers per task; then starts anew."""
-        means: dict[str, float] = {}
-        for tag, values in self._by_tag((total / self.count).cpu() for total in self.sums).items():
-            if values.ndim:
-                means |= {f"{tag}/{task}": value for task, value in zip(tasks, values.tolist(), strict=True)}
-            means[tag] = float(np.mean(values.tolist()))
-        self.count, self.sums = 0, []
-        return means
-
-    def _stack(self, *parts: dict[str, Tensor]) -> list[Tensor]:
-        self.tags = [sorted(part) for part in parts if part]
-        return [torch.stack([part[tag] for tag in sorted(part)]).double() for part in parts if part]
-
-    def _by_tag(self, tensors: Iterable[Tensor]) -> dict[str, Tensor]:
-        pairs = zip(self.tags, tensors, strict=False)  # without tensors before the first update
-        return {tag: row for tags, rows in pairs for tag, row in zip(tags, rows, strict=True)}
-
-    def state_dict(self) -> dict[str, Tensor]:
-        return {tag: row.clone() for tag, row in self._by_tag(self.sums).items()} | {"count": torch.tensor(self.count)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.count = int(state["count"])
-        rows = {tag: value for tag, value in state.items() if tag != "count"}
-        parts = [{tag: row for tag, row in rows.items() if bool(row.ndim) == per_task} for per_task in (True, False)]
-        self.sums = self._stack(*parts)
 
 
 class EpisodeStatistics:
@@ -204,11 +154,9 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, total: int, start: int, tensorboard: bool, non_finite: Tensor) -> None:
+        self.tensorboard = TensorBoard(folder / FOLDER, start + 1) if tensorboard else None
         writers: list[KVWriter] = [ProgressCsv(folder / "progress.csv", start)]
-        if tensorboard:
-            events = folder / "tensorboard"
-            writers.append(TensorBoard(events, start + 1 if events.exists() else None))
-        self.logger = Logger(str(folder), writers)
+        self.logger = Logger(str(folder), [*writers, *([self.tensorboard] if self.tensorboard else [])])
         self.console = Console(highlight=False, soft_wrap=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)

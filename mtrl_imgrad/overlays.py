@@ -26,6 +26,7 @@ Overlays come first and are merged in the order given; every other flag wins ove
   --benchmark NAME          MT10, MT25, MT50 or a task; short for --benchmark.tasks NAME
   --aggregator NAME         a rule that `mtrl-imgrad list aggregators` shows, or module:Class; its fields become
   --aggregator.FIELD
+  --wandb                   short for --log.wandb True
   --resume RUN              go on with a run folder from its newest checkpoint; of its configuration, how long and how
   to report may change
 
@@ -133,6 +134,7 @@ def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -
         SystemExit: `--help` was asked for and printed.
     """
     taken, flags = take_options(arguments, ("config", "benchmark", "aggregator"))
+    flags = ["--log.wandb=True" if flag == "--wandb" else flag for flag in flags]
     overlay: dict[str, Any] = base or {}
     for name, value in taken:
         if name == "config":

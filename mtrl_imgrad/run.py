@@ -16,6 +16,8 @@ import torch
 from gymnasium.vector import VectorEnv
 from torch import Tensor
 
+from mtrl_imgrad import weights_and_biases
+from mtrl_imgrad.averages import Averages
 from mtrl_imgrad.checkpoint import (
     create_run,
     describe_run,
@@ -29,9 +31,10 @@ from mtrl_imgrad.envs import Goals, MetaworldVectorEnv, expand_tasks, make_goals
 from mtrl_imgrad.evaluation import drop_rows_after
 from mtrl_imgrad.files import FolderLock
 from mtrl_imgrad.learner import Learner
-from mtrl_imgrad.logs import Averages, EpisodeStatistics, RunLog
+from mtrl_imgrad.logs import EpisodeStatistics, RunLog
 from mtrl_imgrad.replay import Replay
 from mtrl_imgrad.rewards import RewardNormalizer
+from mtrl_imgrad.tensorboard import describe
 
 CPU = torch.device("cpu")
 EMA_RATE = 0.001
@@ -156,6 +159,8 @@ class Run:
     ) -> None:
         self.started = time.time() if started is None else started
         self.config, self.device = config, choose_device(config.device)
+        if config.log.wandb:
+            weights_and_biases.check()
         lock = FolderLock(resume) if resume else None
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -184,7 +189,8 @@ class Run:
         self.normalizer = RewardNormalizer(
             len(self.tasks), EMA_RATE if config.envs.reward_normalization == "ema" else 0.0
         )
-        self.averages, self.episodes = Averages(), EpisodeStatistics(len(self.tasks))
+        self.averages, self.cosines = Averages(), Averages()  # since the last log row; since the last evaluation
+        self.episodes = EpisodeStatistics(len(self.tasks))
 
         self.start = 0
         envs_state = self._restore(resume) if resume else None
@@ -196,8 +202,11 @@ class Run:
         self.lock = lock or create_run(config, self.world.description)
         self.folder = self.lock.folder
         if resume:
-            drop_rows_after(resume / "eval_training.csv", self.start)
+            for name in ("eval_training.csv", "gradient_cosines.csv"):
+                drop_rows_after(resume / name, self.start)
             describe_run(resume, config, self.start)
+        self.wandb = weights_and_biases.start(self.folder, config) if config.log.wandb else None
+        self.describe()
         self.log = RunLog(self.folder, config.sac.steps, self.start, config.log.tensorboard, self.learner.non_finite)
 
     def __enter__(self) -> Run:
@@ -207,6 +216,8 @@ class Run:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.log.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=0 if kind is None else 1)
         self.envs.close()
         if self.evaluation_envs:
             self.evaluation_envs.close()
@@ -251,6 +262,11 @@ class Run:
         ):
             self.log.print(line)
 
+    def describe(self, step: int = 0, final: dict[str, float] | None = None) -> None:
+        """Describe the run in TensorBoard, at its end with the tags of the final evaluation."""
+        if self.config.log.tensorboard:
+            describe(self.folder, self.config, self.tasks, step, final)
+
     def compile_update(self) -> None:
         """Compile the update where that is configured and there is one to come, and say how long it took."""
         if not self.config.compile or max(self.start, self.config.sac.warmup) >= self.config.sac.steps:
@@ -276,6 +292,7 @@ class Run:
             "generators": self.generators,
             "rewards": self.normalizer,
             "averages": self.averages,
+            "cosines": self.cosines,
             "episodes": self.episodes,
         }
 
@@ -301,6 +318,8 @@ class Run:
                 f"run: {folder} was saved with checkpoint.replay false; it can be evaluated, but not trained further."
             )
         for name, part in self._saved().items():
+            if name == "cosines" and not (checkpoint / f"{name}.safetensors").exists():
+                continue  # a checkpoint from before there were any; their mean begins here
             # The rings are already on the device: a second copy there may not fit.
             part.load_state_dict(read_part(checkpoint, name, CPU if name == "replay" else self.device))
         self.start = state["step"]

@@ -19,7 +19,7 @@ from torch import Tensor
 from mtrl_imgrad import losses as sac
 from mtrl_imgrad.aggregators import Aggregation, Aggregator, Mean
 from mtrl_imgrad.config import Config, SacConfig
-from mtrl_imgrad.diagnostics import gradient_statistics
+from mtrl_imgrad.diagnostics import gradient_cosines, gradient_statistics
 from mtrl_imgrad.networks import Actor, Layout, ObservationInput, Tape, TwinCritic
 from mtrl_imgrad.replay import Batch
 from mtrl_imgrad.task_gradients import Gradients, TaskGradients, chunked_task_gradients, task_gradients
@@ -49,10 +49,11 @@ class Noise:
 
 @dataclass(frozen=True)
 class Metrics:
-    """What an update reports, on the device: numbers per task `[K]` and scalars, by tag."""
+    """What an update reports, on the device: numbers per task `[K]`, scalars, and numbers per two tasks `[K, K]`."""
 
     per_task: dict[str, Float[Tensor, " tasks"]]
     scalars: dict[str, Float[Tensor, ""]]
+    per_pair: dict[str, Float[Tensor, "tasks tasks"]]
 
 
 def adamw(
@@ -171,6 +172,7 @@ class SacUpdate:
         return new, Metrics(
             {tag: values.detach() for tag, values in (per_task | critic_step.per_task | actor_step.per_task).items()},
             critic_step.scalars | actor_step.scalars,
+            critic_step.per_pair | actor_step.per_pair,
         )
 
     def _step(
@@ -217,6 +219,7 @@ class SacUpdate:
                 f"gradients/{name}/norm": gramian.diagonal().sqrt(),
             },
             scalars={f"gradients/{name}/{tag}": value for tag, value in scalars.items()},
+            per_pair={f"gradients/{name}/cosine": gradient_cosines(gramian)},
         )
 
 
@@ -252,3 +255,4 @@ class _Step:
     bad: Bool[Tensor, " tasks"]
     per_task: dict[str, Float[Tensor, " tasks"]]
     scalars: dict[str, Tensor]
+    per_pair: dict[str, Float[Tensor, "tasks tasks"]]

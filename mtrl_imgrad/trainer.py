@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from mtrl_imgrad.averages import by_task
 from mtrl_imgrad.config import Config
-from mtrl_imgrad.evaluation import evaluate, goal_subset, success_per_task, table, write_rows
+from mtrl_imgrad.evaluation import Episode, evaluate, goal_subset, success_per_task, table, write_rows
+from mtrl_imgrad.gradient_cosines import append_rows
 from mtrl_imgrad.logs import Stopwatch
 from mtrl_imgrad.run import MakeWorld, Run, metaworld
 
@@ -74,16 +77,19 @@ def run_training(run: Run) -> Path:
             with watch.measure("evaluation"):
                 episodes = evaluate(run.act, run.evaluation(), run.tasks, chosen_goals, step, config)
             write_rows(run.folder / "eval_training.csv", episodes)
-            evaluated = {f"eval/success_rate/{task}": rate for task, rate in success_per_task(episodes).items()}
-            evaluated["eval/success_rate"] = float(np.mean(list(evaluated.values())))
+            evaluated = success_tags("eval", episodes)
 
         # Report
         if evaluating or run.due(config.log.every, step) or step == steps[-1]:
             counts = {"train/updates": float(learner.state["updates"]), "rollout/transitions": step * len(run.tasks)}
             counts["train/non_finite"] = int(learner.non_finite.sum())
+            values = counts | run.episodes.pop(run.tasks) | by_task(run.averages.pop(), run.tasks) | evaluated
+            if evaluating:
+                with watch.measure("evaluation", count=0):
+                    show_evaluation(run, step, values)
             times = watch.pop(step, len(run.tasks))
             times["time/elapsed"] = run.elapsed()
-            run.log.row(step, counts | run.episodes.pop(run.tasks) | run.averages.pop(run.tasks) | evaluated | times)
+            run.log.row(step, values | times)
             run.log.tell_non_finite(learner.non_finite, run.tasks, sac.nan_policy)
 
         # Save at the next moment when no episode is under way
@@ -99,6 +105,7 @@ def run_training(run: Run) -> Path:
         started = time.perf_counter()
         episodes = evaluate(run.act, run.evaluation(), run.tasks, np.arange(run.world.goals), last, config)
         write_rows(run.folder / "eval.csv", episodes)
+        run.describe(last, success_tags("final", episodes))
         run.log.print(table(episodes))
         minutes = (time.perf_counter() - started) / 60
         run.log.print(
@@ -117,4 +124,19 @@ def learn(run: Run, step: int, watch: Stopwatch) -> None:
         with watch.measure("update"):
             batch = replay.gather(replay.draw(sac.batch_per_task, random.replay))
             metrics = learner.update(batch, learner.draw_noise(random.policy, random.aggregation))
-            run.averages.add(metrics)
+            run.averages.add(metrics.per_task | metrics.scalars)
+            run.cosines.add(metrics.per_pair)
+
+
+def success_tags(name: str, episodes: Sequence[Episode]) -> dict[str, float]:
+    """`<name>/success_rate` of every task and of their mean."""
+    tags = {f"{name}/success_rate/{task}": rate for task, rate in success_per_task(episodes).items()}
+    return tags | {f"{name}/success_rate": float(np.mean(list(tags.values())))}
+
+
+def show_evaluation(run: Run, step: int, values: dict[str, float]) -> None:
+    """Write the gradients' cosines since the last evaluation, and what TensorBoard draws at each."""
+    cosines = run.cosines.pop()
+    append_rows(run.folder / "gradient_cosines.csv", step, run.tasks, cosines)
+    if run.log.tensorboard:
+        run.log.tensorboard.evaluation(step, run.tasks, values, cosines, run.learner.parameters())

@@ -126,7 +126,7 @@ class ReferenceUpdate(Update):
 
     def step(self, state: State, batch: Batch, noise: Noise) -> tuple[State, Metrics]:
         """The update as a pure function, without metrics."""
-        return updated(self.learner.sac, self.gradient, state, batch, noise), Metrics({}, {})
+        return updated(self.learner.sac, self.gradient, state, batch, noise), Metrics({}, {}, {})
 
     def compile(self) -> None:
         self.run: Any = self.step

@@ -1,0 +1,73 @@
+"""The K x K cosines between the tasks' gradients, as tidy rows and as a picture.
+
+What is shown is the mean of every update's cosines since the last evaluation, not one update's: those of a single batch
+are mostly noise. The mean over its task pairs is the mean of `gradients/*/cosine_mean` over the same updates.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from jaxtyping import Float64, UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+COLUMNS = ("step", "network", "task_a", "task_b", "cosine")
+DOTS_PER_INCH = 100
+NUMBERED = 12
+"""Up to so many tasks, a cell has room for its number."""
+
+
+def append_rows(
+    path: Path, step: int, tasks: Sequence[str], cosines: dict[str, Float64[Tensor, "tasks tasks"]]
+) -> None:
+    """Add one evaluation's cosines to a tidy CSV: each pair of tasks once, to five decimals.
+
+    Args:
+        path: the file, made where it does not exist.
+        step: simulator steps per task.
+        tasks: task names.
+        cosines: by tag, `gradients/<network>/cosine`.
+    """
+    new = not path.exists()
+    pairs = list(itertools.combinations(range(len(tasks)), 2))
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file)
+        if new:
+            writer.writerow(COLUMNS)
+        for tag, matrix in cosines.items():
+            network = tag.split("/")[1]
+            writer.writerows((step, network, tasks[i], tasks[j], f"{matrix[i, j]:.5f}") for i, j in pairs)
+
+
+def heat_map(
+    cosines: Float64[np.ndarray, "tasks tasks"], tasks: Sequence[str], title: str
+) -> UInt8[np.ndarray, "height width 3"]:
+    """A picture of the matrix: row and column i are task i, from -1 (blue) over 0 (white) to 1 (red)."""
+    numbered = len(tasks) <= NUMBERED
+    cell = 0.5 if numbered else 0.17  # inches
+    font = 9 if numbered else 6
+    side = cell * len(tasks)
+    names = 0.011 * font * max(len(task) for task in tasks)  # inches that the longest name takes
+    left, bottom, right, top = names, names, 0.9, 0.4
+    width, height = max(left + side + right, 4.0), bottom + max(side, 1.5) + top
+    figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH)
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    axes.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=font)
+    axes.set_yticks(range(len(tasks)), tasks, fontsize=font)
+    axes.set_title(title, fontsize=font + 1, loc="left")
+    if numbered:
+        for (i, j), value in np.ndenumerate(cosines):
+            colour = "white" if abs(value) > 0.6 else "black"
+            axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=font - 1, color=colour)
+    scale = figure.add_axes(((left + side + 0.15) / width, bottom / height, 0.15 / width, max(side, 1.5) / height))
+    figure.colorbar(image, cax=scale).ax.tick_params(labelsize=font)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()

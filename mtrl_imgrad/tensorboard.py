@@ -1,0 +1,182 @@
+"""The TensorBoard view of a run folder. It is a view: all its numbers are in the folder's text files too.
+
+Two event files, which TensorBoard shows as one run. *Events* are what training writes as it goes; what an interrupted
+process wrote after the checkpoint is hidden. The *description* (configuration, command, versions, hyper-parameters, the
+layout of the charts, the final results) is a file that is written anew when the run starts, goes on, or ends, so that
+none of it is ever there twice.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float64
+from stable_baselines3.common.logger import TensorBoardOutputFormat
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from mtrl_imgrad.config import Config, to_dict
+from mtrl_imgrad.gradient_cosines import heat_map
+from mtrl_imgrad.overlays import CHANGEABLE
+
+FOLDER = "tensorboard"
+DESCRIPTION = ".description"
+"""Ends the name of the description's event file."""
+METRICS = ("eval/success_rate", "final/success_rate")
+"""What the hyper-parameters are compared by."""
+DISTRIBUTIONS = ("eval/success_rate", "gradients/critic/weight", "gradients/actor/weight")
+DISTRIBUTIONS += ("gradients/critic/norm", "gradients/actor/norm")
+"""Tags of which a histogram shows how their values are distributed over the tasks."""
+TASKS_PER_CHART = 10
+
+
+class TensorBoard(TensorBoardOutputFormat):
+    """stable-baselines3's TensorBoard writer, which hides what an interrupted run left from `purge_step` on, with
+    pictures of an evaluation.
+    """
+
+    def __init__(self, folder: Path, purge_step: int) -> None:
+        self.writer = SummaryWriter(str(folder), purge_step=purge_step)
+        self._is_closed = False
+
+    def evaluation(
+        self,
+        step: int,
+        tasks: Sequence[str],
+        values: dict[str, float],
+        cosines: dict[str, Float64[Tensor, "tasks tasks"]],
+        parameters: dict[str, Tensor],
+    ) -> None:
+        """Draw what one evaluation shows.
+
+        Args:
+            step: simulator steps per task.
+            tasks: task names.
+            values: the log row of the evaluation.
+            cosines: between the tasks' gradients, by tag.
+            parameters: of all networks, by name.
+        """
+        for tag, matrix in cosines.items():
+            title = f"{tag} at step {step:,}"
+            self.writer.add_image(tag, heat_map(matrix.numpy(), tasks, title), step, dataformats="HWC")
+        for tag in DISTRIBUTIONS:
+            over_tasks = [values[f"{tag}/{task}"] for task in tasks if f"{tag}/{task}" in values]
+            self._histogram(f"over_tasks/{tag}", np.array(over_tasks), step)
+        for name, tensor in parameters.items():
+            self._histogram(f"parameters/{name}", tensor.detach().cpu().numpy(), step)
+
+    def _histogram(self, tag: str, values: np.ndarray, step: int) -> None:
+        finite = values[np.isfinite(values)]
+        if finite.size:  # a histogram of nothing, or of a NaN, raises
+            self.writer.add_histogram(tag, finite, step)
+
+
+def describe(
+    run: Path, config: Config, tasks: Sequence[str], step: int = 0, final: dict[str, float] | None = None
+) -> None:
+    """Write a run's description in place of an earlier one.
+
+    Args:
+        run: the run folder; its `command.txt` and `versions.json` are shown.
+        config: the configuration.
+        tasks: task names.
+        step: simulator steps per task before the final evaluation.
+        final: its tags; None while the run is going on.
+    """
+    folder = run / FOLDER
+    earlier = list(folder.glob(f"*{DESCRIPTION}"))
+    writer = SummaryWriter(str(folder), filename_suffix=DESCRIPTION)
+    fields = flattened(to_dict(config))
+    writer.add_text("configuration", markdown_table([("field", "value"), *fields.items()]), 0)
+    writer.add_text("command", "\n\n".join(f"    {line}" for line in (run / "command.txt").read_text().splitlines()), 0)
+    versions = json.loads((run / "versions.json").read_text())
+    writer.add_text("versions", markdown_table([tuple(versions[0]), *(tuple(x.values()) for x in versions)]), 0)
+    writer.add_custom_scalars(layout(tasks))
+    file_writer: Any = writer.file_writer
+    experiment, start, end = hparams(hyperparameters(fields), dict.fromkeys(METRICS, 0.0))
+    for summary in (experiment, start):
+        file_writer.add_summary(summary, 0)
+    if final is not None:
+        for tag, value in final.items():
+            writer.add_scalar(tag, value, step)
+        file_writer.add_summary(end, 0)
+    writer.close()
+    for path in earlier:
+        path.unlink()
+
+
+def flattened(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one, with dotted names."""
+    flat: dict[str, Any] = {}
+    for name, value in section.items():
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def hyperparameters(fields: dict[str, Any]) -> dict[str, float | str]:
+    """The fields that decide a run's numbers: those that a resumed run may not change, and the length of training."""
+    fixed = {
+        name: value
+        for name, value in fields.items()
+        if name == "sac.steps" or not any(name == other or name.startswith(f"{other}.") for other in CHANGEABLE)
+    }
+    # TensorBoard has no lists, and torch writes a bool as a number.
+    number = (int, float)
+    return {
+        name: value
+        if isinstance(value, number) and not isinstance(value, bool)
+        else " ".join(value)
+        if isinstance(value, list)
+        else str(value)
+        for name, value in fixed.items()
+    }
+
+
+def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
+    """Rows as a Markdown table, the first as its head."""
+    head, *body = (f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in row)} |" for row in rows)
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def layout(tasks: Sequence[str]) -> dict[str, dict[str, list[Any]]]:
+    """The custom-scalar charts: category -> chart -> its kind and regular expressions of tags.
+
+    A chart of one line per task has at most `TASKS_PER_CHART` of them.
+    """
+
+    def chart(*tags: str) -> list[Any]:
+        return ["Multiline", [f"^{re.escape(tag)}$" for tag in tags]]
+
+    def per_task(name: str, tag: str) -> dict[str, list[Any]]:
+        starts = range(0, len(tasks), TASKS_PER_CHART)
+        groups = [(start, tasks[start : start + TASKS_PER_CHART]) for start in starts]
+        return {
+            name if len(groups) == 1 else f"{name}, tasks {start + 1}-{start + len(group)}": chart(
+                *(f"{tag}/{task}" for task in group)
+            )
+            for start, group in groups
+        }
+
+    def both(tag: str) -> list[Any]:
+        return chart(f"gradients/critic/{tag}", f"gradients/actor/{tag}")
+
+    return {
+        "Success per task": {"mean over tasks": chart("rollout/success_rate", *METRICS)}
+        | per_task("training", "rollout/success_rate")
+        | per_task("evaluation", "eval/success_rate"),
+        "Weights per task": per_task("critic", "gradients/critic/weight") | per_task("actor", "gradients/actor/weight"),
+        "Losses": {"critic": chart("train/critic_loss"), "actor": chart("train/actor_loss")}
+        | per_task("critic per task", "train/critic_loss")
+        | per_task("actor per task", "train/actor_loss"),
+        "Gradient conflict": {
+            "mean cosine": both("cosine_mean"),
+            "share of task pairs in conflict": both("conflict_fraction"),
+            "largest over smallest norm": both("norm_ratio"),
+        },
+    }
