@@ -50,24 +50,23 @@ def heat_map(
 ) -> UInt8[np.ndarray, "height width 3"]:
     """A picture of the matrix: row and column i are task i, from -1 (blue) over 0 (white) to 1 (red)."""
     numbered = len(tasks) <= NUMBERED
-    cell = 0.5 if numbered else 0.17  # inches
     font = 9 if numbered else 6
-    side = cell * len(tasks)
-    names = 0.011 * font * max(len(task) for task in tasks)  # inches that the longest name takes
-    left, bottom, right, top = names, names, 0.9, 0.4
-    width, height = max(left + side + right, 4.0), bottom + max(side, 1.5) + top
+    side = max(2.0, (0.5 if numbered else 0.17) * len(tasks))  # this and the following in inches
+    names = 0.2 + 0.0085 * font * max(len(task) for task in tasks)
+    title_width = 0.2 + 0.0085 * (font + 1) * len(title)
+    width, height = max(names + side + 1.0, title_width), names + side + 0.4
     figure = Figure(figsize=(width, height), dpi=DOTS_PER_INCH)
     canvas = FigureCanvasAgg(figure)
-    axes = figure.add_axes((left / width, bottom / height, side / width, side / height))
+    axes = figure.add_axes((names / width, names / height, side / width, side / height))
     image = axes.imshow(cosines, cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
     axes.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=font)
     axes.set_yticks(range(len(tasks)), tasks, fontsize=font)
-    axes.set_title(title, fontsize=font + 1, loc="left")
+    figure.text(0.1 / width, 1 - 0.1 / height, title, fontsize=font + 1, va="top")
     if numbered:
-        for (i, j), value in np.ndenumerate(cosines):
+        for (i, j), value in np.ndenumerate(cosines.round(2) + 0.0):  # + 0.0: no minus before a zero
             colour = "white" if abs(value) > 0.6 else "black"
             axes.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=font - 1, color=colour)
-    scale = figure.add_axes(((left + side + 0.15) / width, bottom / height, 0.15 / width, max(side, 1.5) / height))
+    scale = figure.add_axes(((names + side + 0.15) / width, names / height, 0.15 / width, side / height))
     figure.colorbar(image, cax=scale).ax.tick_params(labelsize=font)
     canvas.draw()
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()

@@ -3,13 +3,16 @@
 Two event files, which TensorBoard shows as one run. *Events* are what training writes as it goes; what an interrupted
 process wrote after the checkpoint is hidden. The *description* (configuration, command, versions, hyper-parameters, the
 layout of the charts, the final results) is a file that is written anew when the run starts, goes on, or ends, so that
-none of it is ever there twice.
+none of it is ever there twice. It needs no writer of torch's: wandb would follow the folder once for each of them.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import re
+import socket
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,11 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float64
 from stable_baselines3.common.logger import TensorBoardOutputFormat
+from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue] (made at import)
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import custom_scalars, hparams, scalar, text
 
 from mtrl_imgrad.config import Config, to_dict
 from mtrl_imgrad.gradient_cosines import heat_map
@@ -89,24 +94,34 @@ def describe(
         step: simulator steps per task before the final evaluation.
         final: its tags; None while the run is going on.
     """
-    folder = run / FOLDER
-    earlier = list(folder.glob(f"*{DESCRIPTION}"))
-    writer = SummaryWriter(str(folder), filename_suffix=DESCRIPTION)
     fields = flattened(to_dict(config))
-    writer.add_text("configuration", markdown_table([("field", "value"), *fields.items()]), 0)
-    writer.add_text("command", "\n\n".join(f"    {line}" for line in (run / "command.txt").read_text().splitlines()), 0)
+    commands = (run / "command.txt").read_text().splitlines()
     versions = json.loads((run / "versions.json").read_text())
-    writer.add_text("versions", markdown_table([tuple(versions[0]), *(tuple(x.values()) for x in versions)]), 0)
-    writer.add_custom_scalars(layout(tasks))
-    file_writer: Any = writer.file_writer
     experiment, start, end = hparams(hyperparameters(fields), dict.fromkeys(METRICS, 0.0))
-    for summary in (experiment, start):
-        file_writer.add_summary(summary, 0)
+    summaries = [
+        text("configuration", markdown_table([("field", "value"), *fields.items()])),
+        text("command", "\n".join(f"    {command}" for command in commands)),
+        text("versions", markdown_table([tuple(versions[0]), *(tuple(entry.values()) for entry in versions)])),
+        custom_scalars(layout(tasks)),
+        experiment,
+        start,
+    ]
+    events = [Event(wall_time=time.time(), file_version="brain.Event:2")]
+    events += [Event(wall_time=time.time(), step=0, summary=summary) for summary in summaries]
     if final is not None:
-        for tag, value in final.items():
-            writer.add_scalar(tag, value, step)
-        file_writer.add_summary(end, 0)
-    writer.close()
+        results = [*(scalar(tag, value) for tag, value in final.items()), end]
+        events += [Event(wall_time=time.time(), step=step, summary=summary) for summary in results]
+    folder = run / FOLDER
+    folder.mkdir(exist_ok=True)
+    # Readers take files in the order of their names, each to its end: this one comes before the events of its second.
+    place = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.0{DESCRIPTION}"
+    beside = run / "description.tmp"
+    with beside.open("wb") as file:
+        writer = RecordWriter(file)
+        for event in events:
+            writer.write(event.SerializeToString())
+    earlier = set(folder.glob(f"*{DESCRIPTION}")) - {place}
+    os.replace(beside, place)
     for path in earlier:
         path.unlink()
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from mtrl_imgrad.diagnostics import gradient_statistics
+from mtrl_imgrad.diagnostics import gradient_cosines, gradient_statistics
 
 
 def _statistics(gradients: np.ndarray) -> dict[str, float]:
@@ -49,3 +49,14 @@ def test_a_zero_gradient_counts_as_no_conflict_and_makes_the_ratio_infinite():
     found = _statistics(np.array([[1.0, 0.0], [0.0, 0.0], [1.0, 0.0]]))
     assert found["cosine_mean"] == pytest.approx(1 / 3)
     assert (found["conflict_fraction"], found["norm_ratio"]) == (0.0, np.inf)
+
+
+def test_cosines_equal_those_of_the_gradients_themselves():
+    J = np.random.default_rng(0).normal(size=(5, 6)) * np.geomspace(1e-3, 1e3, 5)[:, None]
+    units = J / np.linalg.norm(J, axis=1)[:, None]
+    np.testing.assert_allclose(gradient_cosines(torch.from_numpy(J @ J.T)), units @ units.T, rtol=1e-9, atol=1e-12)
+
+
+def test_a_gradient_that_is_zero_or_not_finite_has_no_cosine():
+    gramian = torch.tensor([[1.0, 0.0, np.nan], [0.0, 0.0, np.nan], [np.nan, np.nan, np.inf]], dtype=torch.float64)
+    assert gradient_cosines(gramian).tolist() == [[1.0, 0.0, 0.0], [0.0, 0.0, 0.0], [0.0, 0.0, 0.0]]

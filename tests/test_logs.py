@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_world import make_world, tiny_config, tiny_sac
 
 from mtrl_imgrad import train
 from mtrl_imgrad.aggregators import AGGREGATORS, Mean
 from mtrl_imgrad.config import EvalConfig, LogConfig, NetworkConfig
-from mtrl_imgrad.logs import Averages, EpisodeStatistics, ProgressCsv, Stopwatch
-from mtrl_imgrad.sac_update import Metrics
+from mtrl_imgrad.logs import EpisodeStatistics, ProgressCsv, Stopwatch
 
 GLOSSARY = Path(__file__).parents[1] / "docs" / "metrics.md"
 TASKS = ("east", "north")
@@ -77,42 +73,6 @@ class TestProgressCsv:
         assert len(read_csv(tmp_path / "progress.csv")) == 1
 
 
-class TestAverages:
-    def metrics(self, losses, norm) -> Metrics:
-        return Metrics({"loss": torch.tensor(losses)}, {"norm": torch.tensor(norm)})
-
-    def test_means_over_updates_per_task_and_over_tasks(self):
-        averages = Averages()
-        averages.add(self.metrics([1.0, 3.0], 5.0))
-        averages.add(self.metrics([2.0, 5.0], 6.0))
-        assert averages.pop(TASKS) == {"loss/east": 1.5, "loss/north": 4.0, "loss": 2.75, "norm": 5.5}
-
-    def test_a_pop_starts_anew(self):
-        averages = Averages()
-        averages.add(self.metrics([1.0, 3.0], 5.0))
-        averages.pop(TASKS)
-        assert averages.pop(TASKS) == {}
-        averages.add(self.metrics([7.0, 9.0], 0.0))
-        assert averages.pop(TASKS)["loss"] == 8.0
-
-    def test_sums_are_float64(self):
-        """In float32 a sum of 2^24 ones stops growing."""
-        averages = Averages()
-        averages.add(self.metrics([2.0**24, 0.0], 0.0))
-        averages.add(self.metrics([1.0, 0.0], 0.0))
-        assert averages.pop(TASKS)["loss/east"] == (2**24 + 1) / 2
-
-    def test_the_state_goes_on(self):
-        straight, halved = Averages(), Averages()
-        for part in ([1.0, 3.0], [2.0, 5.0]):
-            straight.add(self.metrics(part, 5.0))
-            halved.add(self.metrics(part, 5.0))
-            resumed = Averages()
-            resumed.load_state_dict(halved.state_dict())
-            halved = resumed
-        assert halved.pop(TASKS) == straight.pop(TASKS)
-
-
 class TestEpisodeStatistics:
     def infos(self, success, returns, lengths):
         return {
@@ -169,38 +129,6 @@ class TestStopwatch:
             "time/fps": 20.0,
         }
         assert watch.shares() == "stepping 0.0%, update 10.0%, evaluation 30.0%, the rest 60.0%"  # at 20 s
-
-
-def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
-    events = EventAccumulator(str(folder / "tensorboard"), size_guidance={"scalars": 0})
-    events.Reload()
-    return {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
-
-
-class TestTensorBoard:
-    def test_it_has_what_progress_csv_has(self, tmp_path, read_csv):
-        folder = train(run_config(tmp_path / "run"), make_world=make_world)
-        written = scalars(folder)
-        rows = read_csv(folder / "progress.csv")
-        assert set(written) == set(rows[0]) - {"step"}
-        for tag, points in written.items():
-            expected = [(int(row["step"]), float(row[tag])) for row in rows if row[tag]]
-            assert [step for step, _ in points] == [step for step, _ in expected]
-            assert [value for _, value in points] == pytest.approx([value for _, value in expected], nan_ok=True)
-
-    def test_after_a_resume_every_step_is_there_once(self, tmp_path):
-        config = run_config(tmp_path / "run")
-        train(config, make_world=make_world)
-        longer = replace(config, sac=replace(config.sac, steps=160))
-        train(longer, resume=tmp_path / "run", make_world=make_world)
-        written = scalars(tmp_path / "run")
-        assert [step for step, _ in written["train/updates"]] == list(range(20, 161, 20))
-        assert [value for _, value in written["train/updates"]] == [max(0, step - 20) for step in range(20, 161, 20)]
-        assert [step for step, _ in written["eval/success_rate"]] == [40, 80, 120, 160]
-
-    def test_it_can_be_switched_off(self, tmp_path):
-        folder = train(run_config(tmp_path / "run", log=LogConfig(tensorboard=False)), make_world=make_world)
-        assert not (folder / "tensorboard").exists()
 
 
 class TestConsole:
