@@ -136,27 +136,28 @@ def flattened(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def hyperparameters(fields: dict[str, Any]) -> dict[str, float | str]:
     """The fields that decide a run's numbers: those that a resumed run may not change, and the length of training."""
-    fixed = {
-        name: value
-        for name, value in fields.items()
-        if name == "sac.steps" or not any(name == other or name.startswith(f"{other}.") for other in CHANGEABLE)
-    }
-    # TensorBoard has no lists, and torch writes a bool as a number.
-    number = (int, float)
+
+    def may_change(name: str) -> bool:
+        return name != "sac.steps" and any(name == other or name.startswith(f"{other}.") for other in CHANGEABLE)
+
+    # TensorBoard has neither lists nor None, and torch writes a bool as a number.
     return {
-        name: value
-        if isinstance(value, number) and not isinstance(value, bool)
-        else " ".join(value)
-        if isinstance(value, list)
-        else str(value)
-        for name, value in fixed.items()
+        name: value if type(value) in (int, float) else cell(value)
+        for name, value in fields.items()
+        if not may_change(name)
     }
 
 
 def markdown_table(rows: Sequence[Sequence[Any]]) -> str:
     """Rows as a Markdown table, the first as its head."""
-    head, *body = (f"| {' | '.join(str(cell).replace('|', '&#124;') for cell in row)} |" for row in rows)
+    head, *body = (f"| {' | '.join(cell(value) for value in row)} |" for row in rows)
     return "\n".join([head, "|---" * len(rows[0]) + "|", *body])
+
+
+def cell(value: Any) -> str:
+    """A value as one cell of a Markdown table."""
+    line = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return " ".join(line.split()).replace("|", "&#124;")
 
 
 def layout(tasks: Sequence[str]) -> dict[str, dict[str, list[Any]]]:

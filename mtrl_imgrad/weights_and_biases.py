@@ -28,9 +28,7 @@ def check() -> None:
             wandb.login()
         except wandb.Error as error:
             reason = " ".join(str(error).split())
-            raise ValueError(
-                f"log.wandb: {reason} `wandb login` asks for a key; WANDB_MODE=offline needs none."
-            ) from None
+            raise ValueError(f"log.wandb: {reason} WANDB_MODE=offline needs no key.") from None
 
 
 def start(run: Path, config: Config) -> Any:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tiny_world import make_world, tiny_config, tiny_sac
 
 from mtrl_imgrad import train
@@ -152,18 +153,33 @@ class TestConsole:
         assert versions["protocol"] == "custom (v2 reward, horizon 10, 10 goals)"
 
 
+def tags_of(glossary: str) -> set[str]:
+    """The tags that a part of the glossary explains."""
+    documented = set(re.findall(r"^\| `([^`]+)` \|", glossary, flags=re.MULTILINE))
+    return documented | {tag.replace("gradients/critic/", "gradients/actor/") for tag in documented}
+
+
 class TestGlossary:
     """docs/metrics.md explains every tag, and no tag that does not exist."""
 
     def test_it_has_exactly_the_tags_of_all_aggregators_runs(self, tmp_path, read_csv):
-        documented = set(re.findall(r"^\| `([^`]+)` \|", GLOSSARY.read_text(), flags=re.MULTILINE))
-        documented |= {tag.replace("gradients/critic/", "gradients/actor/") for tag in documented}
-        emitted = set()
+        glossary = GLOSSARY.read_text().partition("\n## ")[0]
+        emitted = {"final/success_rate", "final/success_rate/<task>"}  # TensorBoard only: tests/test_tensorboard.py
         for name, rule in AGGREGATORS.items():
             config = run_config(tmp_path / name, aggregator=rule(), log=LogConfig(every=20, tensorboard=False))
             tags = set(read_csv(train(config, make_world=make_world) / "progress.csv")[0]) - {"step"}
             emitted |= {re.sub(r"/(east|north|west|south)$", "/<task>", tag) for tag in tags}
-        assert emitted == documented
+        assert emitted == tags_of(glossary)
+
+    def test_it_has_exactly_the_pictures_histograms_and_texts_of_a_run(self, tmp_path):
+        folder = train(run_config(tmp_path / "run"), make_world=make_world)
+        tags = EventAccumulator(str(folder / "tensorboard")).Reload().Tags()
+        texts = {tag.removesuffix("/text_summary") for tag in tags["tensors"] if tag.endswith("/text_summary")}
+        emitted = {
+            re.sub(r"^parameters/(actor|critic)/.+", "parameters/<network>/<parameter>", x) for x in tags["histograms"]
+        }
+        glossary = GLOSSARY.read_text().partition("\n## ")[2]
+        assert emitted | texts | set(tags["images"]) == tags_of(glossary)
 
     def test_every_tag_has_a_formula_and_a_unit(self):
         table = [line for line in GLOSSARY.read_text().splitlines() if line.startswith("| `")]

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import load_checkpoint
-from tiny_world import TinyVectorEnv, make_world, tiny_config, tiny_sac
+from tiny_world import make_world, tiny_config, tiny_sac
 
 from mtrl_imgrad import Config, train
 from mtrl_imgrad.aggregators import IMGrad, Mean
 from mtrl_imgrad.config import CheckpointConfig, EnvsConfig, EvalConfig, LogConfig, NetworkConfig
 from mtrl_imgrad.learner import NonFiniteError
-from mtrl_imgrad.run import Run, World
+from mtrl_imgrad.run import Run
 from mtrl_imgrad.trainer import run_training
 
 CPU = torch.device("cpu")
@@ -162,27 +162,11 @@ class TestResume:
 
     def test_an_interrupted_run_loses_nothing_but_what_followed_its_checkpoint(self, tmp_path, read_progress):
         """The process dies at step 110; the newest checkpoint, of step 90, lies between two log rows."""
-
-        class PowerCutError(Exception):
-            pass
-
-        class Dying(TinyVectorEnv):
-            def step(self, actions):
-                if self.steps_taken == 109:
-                    raise PowerCutError
-                return super().step(actions)
-
-        def dying_world(config, description) -> World:
-            world = make_world(config, description)
-            return replace(
-                world, training=lambda stream: Dying(world.tasks, world.goals, stream, horizon=config.envs.horizon)
-            )
-
         saving = CheckpointConfig(every=45)
         straight = train(short_config(tmp_path / "straight", checkpoint=saving), make_world=make_world)
         config = short_config(tmp_path / "cut", checkpoint=saving)
         with pytest.raises(PowerCutError):
-            train(config, make_world=dying_world)
+            train(config, make_world=dying_world(110))
         assert load_checkpoint(tmp_path / "cut", CPU)[0]["step"] == 90
         assert read_progress(tmp_path / "cut")[-1]["step"] == "100"
         train(config, resume=tmp_path / "cut", make_world=make_world)

@@ -8,6 +8,7 @@ the direction can only be known from the task's identity: a policy that ignores 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from gymnasium.vector.utils import batch_space
 
 from mtrl_imgrad.config import BenchmarkConfig, Config, EnvsConfig, EvalConfig, LogConfig, NetworkConfig, SacConfig
 from mtrl_imgrad.envs import GoalSchedule
-from mtrl_imgrad.run import World
+from mtrl_imgrad.run import MakeWorld, World
 
 SPEED = 0.2
 """Longest way per simulator step and axis."""
@@ -154,6 +155,27 @@ def make_world(config: Config, description: dict[str, Any] | None, **options: An
         return TinyVectorEnv(tasks, goals, 0, horizon=config.eval.horizon, **options)
 
     return World(tasks, goals, description or {"world": "tiny", "made": 1}, training, evaluation)
+
+
+class PowerCutError(Exception):
+    """What ends a run in `dying_world`."""
+
+
+def dying_world(step: int) -> MakeWorld:
+    """A tiny world, of one environment per task, in which the process dies when it takes this step."""
+
+    class Dying(TinyVectorEnv):
+        def step(self, actions: np.ndarray) -> Any:
+            if self.steps_taken == step - 1:
+                raise PowerCutError
+            return super().step(actions)
+
+    def make(config: Config, description: dict[str, Any] | None) -> World:
+        world = make_world(config, description)
+        horizon = config.envs.horizon
+        return replace(world, training=lambda stream: Dying(world.tasks, world.goals, stream, horizon=horizon))
+
+    return make
 
 
 def tiny_config(run_dir: object, **sections: Any) -> Config:
