@@ -102,8 +102,9 @@ def drop_rows_after(path: Path, step: int) -> None:
     """Remove the rows that a run wrote after the checkpoint from which it goes on; the first column is the step."""
     if path.exists():
         with path.open(newline="") as file:
-            columns, *lines = csv.reader(file)
-        _replace_rows(path, [columns, *(line for line in lines if int(line[0]) <= step)])
+            lines = list(csv.reader(file))
+        whole = [line for line in lines[1:] if len(line) == len(lines[0])]  # a killed process may leave half a row
+        _replace_rows(path, [*lines[:1], *(line for line in whole if int(line[0]) <= step)])
 
 
 def _read_rows(path: Path) -> list[list[str]]:

@@ -34,7 +34,7 @@ def append_rows(
         tasks: task names.
         cosines: by tag, `gradients/<network>/cosine`.
     """
-    new = not path.exists()
+    new = not path.exists() or path.stat().st_size == 0
     pairs = list(itertools.combinations(range(len(tasks)), 2))
     with path.open("a", newline="") as file:
         writer = csv.writer(file)

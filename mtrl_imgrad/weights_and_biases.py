@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mtrl_imgrad.config import Config, to_dict
+from mtrl_imgrad.files import write_whole
 
 PROJECT = "mtrl_imgrad"
 IDENTITY = "wandb_id.txt"
@@ -45,7 +46,7 @@ def start(run: Path, config: Config) -> Any:
 
     identity = run / IDENTITY
     if not identity.exists():
-        identity.write_text(secrets.token_hex(8))
+        write_whole(identity, secrets.token_hex(8))
     return wandb.init(
         project=wandb.setup().settings.project or PROJECT,
         name=run.resolve().name,

@@ -10,6 +10,7 @@ from tiny_world import make_world, tiny_config, tiny_sac
 from mtrl_imgrad import train
 from mtrl_imgrad.aggregators import Mean
 from mtrl_imgrad.config import BenchmarkConfig, EvalConfig, LogConfig
+from mtrl_imgrad.evaluation import drop_rows_after
 from mtrl_imgrad.gradient_cosines import append_rows, heat_map
 
 TASKS = ("east", "north", "west")
@@ -66,6 +67,18 @@ class TestRows:
             ("20", "critic", "north", "west", "-0.12346"),
         ]
         assert list(read_csv(tmp_path / "rows.csv")[0]) == ["step", "network", "task_a", "task_b", "cosine"]
+
+    @pytest.mark.parametrize("cut", [0, 41, 50, 70], ids=lambda cut: f"{cut} bytes left")
+    def test_what_a_killed_process_half_wrote_is_gone_when_the_run_goes_on(self, tmp_path, read_csv, cut):
+        path = tmp_path / "rows.csv"
+        matrix = torch.eye(3, dtype=torch.float64)
+        append_rows(path, 100, TASKS, {"gradients/actor/cosine": matrix})
+        path.write_bytes(path.read_bytes()[:cut])
+        drop_rows_after(path, 50)
+        append_rows(path, 100, TASKS, {"gradients/actor/cosine": matrix})
+        rows = read_csv(path)
+        assert len(rows) == 3
+        assert {row["step"] for row in rows} == {"100"}
 
 
 @pytest.mark.parametrize("jacobian", ["stored", "chunked"])

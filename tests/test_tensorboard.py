@@ -273,7 +273,7 @@ class TestHistograms:
         assert weights.num == (3 + len(TASKS)) * 8
 
     def test_numbers_that_are_not_finite_are_left_out(self, tmp_path):
-        writer = TensorBoard(tmp_path / "tensorboard", None)
+        writer = TensorBoard(tmp_path / "tensorboard", 1)
         values = {"eval/success_rate/east": math.nan, "eval/success_rate/north": 0.5}
         values |= {"gradients/critic/norm/east": math.inf, "gradients/critic/norm/north": math.nan}
         writer.evaluation(10, ("east", "north"), values, {}, {})
