@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import load_checkpoint
-from tiny_world import make_world, tiny_config, tiny_sac
+from tiny_world import PowerCutError, dying_world, make_world, tiny_config, tiny_sac
 
 from mtrl_imgrad import Config, train
 from mtrl_imgrad.aggregators import IMGrad, Mean
