@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,16 @@ class TestResume:
         first, second = sorted(path.name for path in (tmp_path / "run" / "tensorboard").iterdir())
         assert first.endswith(".description")
         assert not second.endswith(".description")
+
+    def test_and_that_of_the_end_after_them_even_within_one_second(self, tmp_path, monkeypatch):
+        """Before them, its results would be hidden as what an interrupted process left."""
+        monkeypatch.setattr(time, "time", lambda: 1.8e9)
+        with pytest.raises(PowerCutError):
+            train(run_config(tmp_path / "run"), make_world=dying_world(75))
+        folder = train(run_config(tmp_path / "run"), resume=tmp_path / "run", make_world=make_world)
+        *_, last = sorted(path.name for path in (folder / "tensorboard").iterdir())
+        assert last.endswith(".description")
+        assert [step for step, _ in everything(folder)["final/success_rate"]] == [80]
 
 
 class TestCosines:
