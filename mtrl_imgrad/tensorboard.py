@@ -113,7 +113,7 @@ def describe(
         events += [Event(wall_time=time.time(), step=step, summary=summary) for summary in results]
     folder = run / FOLDER
     folder.mkdir(exist_ok=True)
-    # Readers take files in the order of their names, each to its end; events of the same second have the process's number
+    # Readers take files in the order of their names, each to its end; events of the same second have a process's number
     # where this has a word. At the start it comes before them, and at the end after, or they would hide its results.
     moment = "0" if final is None else "end"
     place = folder / f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{moment}{DESCRIPTION}"
