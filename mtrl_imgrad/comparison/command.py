@@ -18,7 +18,8 @@ from mtrl_imgrad.comparison.processes import flags_of_share, share_of_machine, s
 from mtrl_imgrad.comparison.ray_launcher import on_ray
 from mtrl_imgrad.comparison.sweep import StartedRun, run_all
 from mtrl_imgrad.comparison.view import progress_view
-from mtrl_imgrad.parsing import PROGRAM, UserError, parse
+from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
+from mtrl_imgrad.report.command import console_text, write_report
 
 HELP = """Train the same experiment with several aggregators and seeds, and compare them.
 
@@ -46,7 +47,7 @@ class CompareOptions:
     """Runs at once on this machine. Its cores are divided among them where --threads and --envs.workers do not say
     otherwise."""
     out: str = ""
-    """Folder of the run folders; empty makes runs/compare-<benchmark>."""
+    """Folder of the run folders and of their report; empty makes runs/compare-<benchmark>."""
     dry_run: bool = False
     """Only show the runs, and how long they will take."""
     launcher: Literal["local", "ray"] = "local"
@@ -72,7 +73,7 @@ class CompareOptions:
 
 
 def command_compare(arguments: Sequence[str]) -> int:
-    """Run the comparison. Returns the exit code: 1 where a run failed."""
+    """Run the comparison and report on it. Returns the exit code: 1 where a run failed."""
     own, flags = split(arguments)
     options: CompareOptions = parse(CompareOptions, own, "compare", HELP, switches=True)
     seeds = range(options.first_seed, options.first_seed + options.seeds)
@@ -98,6 +99,9 @@ def command_compare(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted; the same command goes on", file=sys.stderr)
         return 130
+    if progress.of("finished"):
+        with told_as_user_errors():
+            print(console_text(write_report([run.folder for run in progress.of("finished")], out / "report")))
     for name, reason in progress.reasons.items():
         print(f"{PROGRAM}: {name} failed, {reason}; see {logs / f'{name}.log'}", file=sys.stderr)
     return 1 if progress.reasons else 0

@@ -306,7 +306,8 @@ class TestCommand:
         assert main(command) == 0
         out = tmp_path / "runs" / "compare-2tasks"
         assert (out / "command.txt").read_text().count("compare") >= 1
-        capsys.readouterr()
+        assert "mean-s1" in (out / "report" / "index.html").read_text()
+        assert re.search(r"^mean +1 of 1 ", capsys.readouterr().out, re.MULTILINE)
         assert main(command) == 0
         assert "1 finished" in capsys.readouterr().out
         broken = out / "mean-s2"
