@@ -13,6 +13,7 @@ import pytest
 from mtrl_imgrad import cli
 from mtrl_imgrad.agent import Agent
 from mtrl_imgrad.bench.command import bench_options
+from mtrl_imgrad.comparison.command import planned
 from mtrl_imgrad.record import RecordOptions
 from mtrl_imgrad.report.command import ReportOptions
 
@@ -57,6 +58,8 @@ def test_every_command_of_ours_is_accepted(tmp_path, monkeypatch):
         if command == "train":
             _, rest = cli.take_options(rest, ("resume",))
             cli.parse_config(rest)
+        elif command == "compare":
+            assert planned(rest)[1]
         else:
             options = {
                 "evaluate": cli.EvaluateOptions,

@@ -74,13 +74,7 @@ class CompareOptions:
 
 def command_compare(arguments: Sequence[str]) -> int:
     """Run the comparison and report on it. Returns the exit code: 1 where a run failed."""
-    own, flags = split(arguments)
-    options: CompareOptions = parse(CompareOptions, own, "compare", HELP, switches=True)
-    seeds = range(options.first_seed, options.first_seed + options.seeds)
-    runs = plan(options.aggregators, seeds, Path(options.out or "."), flags)
-    if not options.out:
-        out = Path("runs", f"compare-{run_name(runs[0].config).partition('-')[0]}")
-        runs = [dataclasses.replace(run, folder=out / run.name) for run in runs]
+    options, runs, flags = planned(arguments)
     out, at_once = runs[0].folder.parent, min(options.jobs, len(runs))
     on_cluster = options.launcher == "ray"
     divided = flags_of_share(options.cpus, flags) if on_cluster else share_of_machine(at_once, flags)
@@ -105,6 +99,22 @@ def command_compare(arguments: Sequence[str]) -> int:
     for name, reason in progress.reasons.items():
         print(f"{PROGRAM}: {name} failed, {reason}; see {logs / f'{name}.log'}", file=sys.stderr)
     return 1 if progress.reasons else 0
+
+
+def planned(arguments: Sequence[str]) -> tuple[CompareOptions, list[PlannedRun], list[str]]:
+    """The options of a command line, the runs that it asks for, and the flags that all of these have.
+
+    Raises:
+        UserError: something in it is not allowed.
+    """
+    own, flags = split(arguments)
+    options: CompareOptions = parse(CompareOptions, own, "compare", HELP, switches=True)
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    runs = plan(options.aggregators, seeds, Path(options.out), flags)
+    if not options.out:
+        out = Path("runs", f"compare-{run_name(runs[0].config).partition('-')[0]}")
+        runs = [dataclasses.replace(run, folder=out / run.name) for run in runs]
+    return options, runs, flags
 
 
 def tell_start(runs: Sequence[PlannedRun], out: Path, arguments: Sequence[str]) -> None:
