@@ -24,7 +24,7 @@ from mtrl_imgrad.config import Config, EvalConfig, LogConfig, NetworkConfig, agg
 from mtrl_imgrad.files import FolderLock
 from mtrl_imgrad.listing import COLUMNS
 from mtrl_imgrad.overlays import field_names, parse_config
-from mtrl_imgrad.run import Run
+from mtrl_imgrad.trainer import open_run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -180,11 +180,10 @@ def work(tmp_path, monkeypatch) -> Path:
 def tiny(monkeypatch) -> None:
     """Commands train on the tiny world instead of Meta-World."""
 
-    class TinyRun(Run):
-        def __init__(self, config, resume=None, started=None):
-            super().__init__(config, resume, make_world, started)
+    def open_tiny(config, resume=None, started=None):
+        return open_run(config, resume, make_world, started)
 
-    monkeypatch.setattr("mtrl_imgrad.run.Run", TinyRun)
+    monkeypatch.setattr("mtrl_imgrad.trainer.open_run", open_tiny)
 
 
 TINY_COMMAND = """
@@ -472,7 +471,8 @@ class TestHelp:
         sentence, default = field_sentences()[flag]
         assert sentence[0].isalnum()
         assert sentence.endswith((".", ")."))
-        shown = " ".join(default) if isinstance(default, tuple) else repr(default) if default == "" else str(default)
+        words = map(str, default) if isinstance(default, tuple) else [repr(default) if default == "" else str(default)]
+        shown = " ".join(words)
         entry = help_entries(text)[flag]
         assert squashed(f"{sentence} (default: {shown})") in entry
 
