@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from mtrl_imgrad.aggregators import AGGREGATORS, Aggregator, IMGrad, resolve
 
@@ -300,11 +300,16 @@ def _number(text: str) -> float:
         return math.nan
 
 
+Baseline = Literal["sb3-sac", "sb3-sac-blind", "sb3-sac-single"]
+BASELINES: tuple[str, ...] = get_args(Baseline)
+"""Algorithms that are not ours."""
+
+
 @dataclass(frozen=True)
 class Config:
     """One training run."""
 
-    algorithm: Literal["mtsac", "sb3-sac", "sb3-sac-blind", "sb3-sac-single"] = "mtsac"
+    algorithm: Literal["mtsac"] | Baseline = "mtsac"
     """What learns. mtsac: multi-task SAC with an aggregator; the others are stable-baselines3's SAC as a baseline.
     sb3-sac: one for all tasks, which sees the task's one-hot; sb3-sac-blind: one that does not see it; sb3-sac-single:
     one per task."""
@@ -388,6 +393,11 @@ def unused_fields(algorithm: str) -> tuple[str, ...]:
     own = tuple(f"sac.{f.name}" for f in dataclasses.fields(SacConfig) if f.name not in ("steps", "warmup"))
     graph = ("precision", "jacobian", "compile", "cuda_graph", "envs.pipeline")
     return ("aggregator", "network", "replay", *graph, *own)
+
+
+def uses(algorithm: str, name: str) -> bool:
+    """Whether an algorithm reads a field, given by its dotted name."""
+    return not any(f"{name}.".startswith(f"{unused}.") for unused in unused_fields(algorithm))
 
 
 def method_name(config: Config) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 import yaml
 
 from mtrl_imgrad.aggregators import AGGREGATORS, resolve
-from mtrl_imgrad.config import Config, unused_fields
+from mtrl_imgrad.config import Config, uses
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
 
 TRAIN_HELP = """Train a multi-task SAC agent, or stable-baselines3's SAC as a baseline, on Meta-World.
@@ -168,21 +168,21 @@ def field_names(kind: Any, prefix: str = "") -> list[str]:
     return names
 
 
-def _given(tokens: Sequence[str]) -> list[str]:
+def fields_of(flags: Sequence[str]) -> list[str]:
     """The fields that flags name."""
-    return [token[2:].partition("=")[0].replace("-", "_") for token in tokens if token.startswith("--")]
+    return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
 
 
 def _refuse_unused(flags: Sequence[str], algorithm: str) -> None:
     """A flag that would change nothing is a mistake; what an overlay says of other algorithms is not."""
-    for name in _given(flags):
-        if any(name == unused or name.startswith(f"{unused}.") for unused in unused_fields(algorithm)):
+    for name in fields_of(flags):
+        if not uses(algorithm, name):
             instead = "" if algorithm == "mtsac" else "; its own settings are the fields --sb3.*"
             raise UserError(f"{name}: --algorithm {algorithm} does not use this field{instead}.")
 
 
 def _refuse_unknown(tokens: Sequence[str], names: Sequence[str]) -> None:
-    for name in _given(tokens):
+    for name in fields_of(tokens):
         if name not in (*names, "help"):
             near = difflib.get_close_matches(name, names, 1, 0.0)[0]
             raise UserError(f"{name}: there is no such field; the nearest is --{near}.\nSee `{PROGRAM} train --help`.")

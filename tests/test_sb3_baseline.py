@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 from dataclasses import fields, replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from mtrl_imgrad.baselines.global_streams import GlobalStreams
 from mtrl_imgrad.baselines.sb3_model import LOSSES
 from mtrl_imgrad.baselines.sb3_run import Sb3Run, model_seeds
 from mtrl_imgrad.baselines.sb3_training import chunk_ends, run_sb3_training
+from mtrl_imgrad.checkpoint import read_config
 from mtrl_imgrad.config import BenchmarkConfig, CheckpointConfig, EnvsConfig, EvalConfig, LogConfig, Sb3Config
 from mtrl_imgrad.envs.sb3 import MtVecEnv
 from mtrl_imgrad.run import STREAMS
@@ -292,6 +294,16 @@ class TestResume:
                 assert path.suffix in {".txt", ".yaml", ".csv", ".json", ".safetensors"}
                 pickles = (*(bytes([0x80, protocol]) for protocol in range(2, 6)), b"PK")
                 assert not path.read_bytes().startswith(pickles), f"{path} looks like a pickle or a torch archive"
+
+    def test_a_run_without_a_checkpoint_starts_again_with_the_same_numbers(
+        self, straight_and_resumed, tmp_path, read_progress
+    ):
+        straight, _ = straight_and_resumed
+        shutil.copytree(straight, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run" / "checkpoints")
+        config = read_config(straight)
+        train(config, resume=tmp_path / "run", make_world=make_world)
+        assert read_progress(tmp_path / "run") == read_progress(straight)
 
     def test_a_run_that_ended_inside_an_episode_goes_on_with_new_episodes(self, tmp_path):
         folder = train(

@@ -17,8 +17,8 @@ PAUSE = float(os.environ.get("TINY_PAUSE", "0"))
 open_run, step_wait = trainer.open_run, TinyVectorEnv.step_wait
 
 
-def open_tiny(config, resume=None, started=None):
-    return open_run(config, resume, make_world, started)
+def open_tiny(config, resume=None, world=make_world, started=None):
+    return open_run(config, resume, world, started)
 
 
 def step_wait_longer(env):
