@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,9 @@ class Sb3Model:
         normalizer: of the rewards.
         seed: of SB3's random numbers: networks, actions and batches.
         device: where the networks go.
+
+    Raises:
+        MemoryError: the replay buffer does not fit.
     """
 
     def __init__(
@@ -128,7 +132,7 @@ class Sb3Model:
         self.envs, self.normalizer, self.seed = envs, normalizer, seed
         self.streams, self.losses = GlobalStreams(seed, device), LossMeans()
         envs.action_space.seed(seed)
-        with self.streams.lent():
+        with self.streams.lent(), _naming_the_buffer(settings.buffer_size):
             self.sac = SAC(
                 "MlpPolicy",
                 NormalizedRewards(envs, normalizer),
@@ -222,6 +226,14 @@ class Sb3Model:
         found = {"actor": self.sac.actor.optimizer, "critic": self.sac.critic.optimizer}
         temperature = self.sac.ent_coef_optimizer
         return found | ({"temperature": temperature} if temperature else {})
+
+
+@contextmanager
+def _naming_the_buffer(size: int) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise MemoryError(f"sb3.buffer_size: {size:,} transitions do not fit ({error}).") from None
 
 
 def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
