@@ -18,7 +18,6 @@ from mtrl_imgrad.config import CheckpointConfig, EnvsConfig, EvalConfig, LogConf
 from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.run import Run
 from mtrl_imgrad.trainer import run_training
-from mtrl_imgrad.world import World
 
 CPU = torch.device("cpu")
 TASKS = 4

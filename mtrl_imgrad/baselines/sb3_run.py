@@ -25,23 +25,18 @@ import stable_baselines3
 import torch
 from torch import Tensor
 
+from mtrl_imgrad import weights_and_biases
 from mtrl_imgrad.baselines.sb3_model import LOSSES, Sb3Model
 from mtrl_imgrad.baselines.sb3_policy import Sb3Policies, count_models, sees_task
-from mtrl_imgrad.checkpoint import (
-    create_run,
-    describe_run,
-    has_checkpoint,
-    newest_checkpoint,
-    read_part,
-    save_checkpoint,
-)
+from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_part, save_checkpoint
 from mtrl_imgrad.config import Config, unused_fields
 from mtrl_imgrad.envs.sb3 import MtVecEnv
-from mtrl_imgrad.evaluation import Evaluator, drop_rows_after
+from mtrl_imgrad.evaluation import Evaluator
 from mtrl_imgrad.files import FolderLock
-from mtrl_imgrad.logs import EpisodeStatistics, RunLog, Stopwatch
+from mtrl_imgrad.logs import EpisodeStatistics, Stopwatch
 from mtrl_imgrad.rewards import RewardNormalizer
 from mtrl_imgrad.run import CPU, EMA_RATE, STREAMS, choose_device
+from mtrl_imgrad.run_output import RunOutput
 from mtrl_imgrad.world import MakeWorld, metaworld
 
 
@@ -57,6 +52,8 @@ class Sb3Run:
     ) -> None:
         self.started = time.time() if started is None else started
         self.config, self.device = config, choose_device(config.device)
+        if config.log.wandb:
+            weights_and_biases.check()
         lock = FolderLock(resume) if resume else None
         if config.threads:
             torch.set_num_threads(config.threads)
@@ -67,14 +64,10 @@ class Sb3Run:
         self.episodes = EpisodeStatistics(len(self.tasks))
 
         self.start = self._restore(resume) if resume else 0
-        self.lock = lock or create_run(config, self.world.description)
-        self.folder = self.lock.folder
-        if resume:
-            drop_rows_after(resume / "eval_training.csv", self.start)
-            describe_run(resume, config, self.start)
+        self.output = RunOutput(config, self.world, lock, self.start)
+        self.folder, self.log = self.output.folder, self.output.log
         beside = self.models[0].envs.envs if len(self.models) == 1 else None
         self.evaluator = Evaluator(config, self.world, self.folder, beside)
-        self.log = RunLog(self.folder, config.sac.steps, self.start, config.log.tensorboard)
 
     def __enter__(self) -> Sb3Run:
         return self
@@ -82,11 +75,11 @@ class Sb3Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.log.close()
+        self.output.finish_log(failed=kind is not None)
         for model in self.models:
             model.envs.close()
         self.evaluator.close()
-        self.lock.release()
+        self.output.lock.release()
 
     def _make_models(self, make_world: MakeWorld) -> list[Sb3Model]:
         """One for all tasks, in the environments of a run of ours; or one per task, each with its own environments."""
@@ -110,6 +103,15 @@ class Sb3Run:
     def act(self, observations: Tensor) -> Tensor:
         """The deterministic policies, for evaluation."""
         return self.policies.act(observations)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Of all networks, by name; those of one task's network begin with its name."""
+        names = [""] if len(self.models) == 1 else [f"{task}/" for task in self.tasks]
+        return {
+            f"{prefix}{name}": parameter.detach()
+            for prefix, model in zip(names, self.models, strict=True)
+            for name, parameter in model.sac.policy.named_parameters()
+        }
 
     def learn(self, vector_steps: int, watch: Stopwatch) -> None:
         """Let every model go on for as many vector steps."""

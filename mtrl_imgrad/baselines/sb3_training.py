@@ -50,8 +50,11 @@ def run_sb3_training(run: Sb3Run) -> Path:
                 "rollout/transitions": float(step * len(run.tasks)),
                 "time/elapsed": run.elapsed(),
             }
-            times = watch.pop(step, len(run.tasks))
-            run.log.row(step, counts | run.episodes.pop(run.tasks) | run.losses() | evaluated | times)
+            values = counts | run.episodes.pop(run.tasks) | run.losses() | evaluated
+            if evaluating and run.log.tensorboard:
+                with watch.measure("evaluation", count=0):
+                    run.log.tensorboard.evaluation(step, run.tasks, values, {}, run.parameters())
+            run.log.row(step, values | watch.pop(step, len(run.tasks)))
 
         # Save at the next moment when no episode is under way
         every = config.checkpoint.every
@@ -64,5 +67,7 @@ def run_sb3_training(run: Sb3Run) -> Path:
     run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start; {watch.shares()}")
     run.save(before)
     if config.eval.final:
-        run.log.print(run.evaluator.final(run.act, before))
+        tags, text = run.evaluator.final(run.act, before)
+        run.output.describe(before, tags)
+        run.log.print(text)
     return run.folder
