@@ -6,16 +6,29 @@ import difflib
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
+from torch import Tensor
 
+from mtrl_imgrad.baselines.global_streams import GlobalStreams
+from mtrl_imgrad.baselines.sb3_policy import load_policies
 from mtrl_imgrad.checkpoint import newest_checkpoint, read_config, read_part
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.evaluation import Episode, evaluate, write_rows
 from mtrl_imgrad.learner import Learner
-from mtrl_imgrad.run import choose_device, metaworld
+from mtrl_imgrad.run import choose_device
+from mtrl_imgrad.world import metaworld
+
+
+class Act(Protocol):
+    """What an agent is, whatever algorithm trained it: actions in [-1, 1] for some observations of every task."""
+
+    def __call__(
+        self, observations: Float[Tensor, "tasks rows entries"], deterministic: bool
+    ) -> Float[Tensor, "tasks rows actions"]: ...
 
 
 @dataclass(frozen=True)
@@ -47,12 +60,9 @@ class Policy:
         """
         single = np.ndim(observation) == 1
         rows = torch.as_tensor(np.atleast_2d(observation), dtype=torch.float32)
-        learner = self.agent.learner
-        # The network is evaluated for all tasks at once; only this task's rows are kept.
-        observations = rows.to(learner.device).expand(learner.tasks, -1, -1)
-        shape = (learner.tasks, len(rows), learner.action_size)
-        noise = None if deterministic else torch.randn(shape, generator=self.agent.generator).to(learner.device)
-        actions = learner.act(observations, noise)[self.task].cpu().numpy()
+        # The networks are evaluated for all tasks at once; only this task's rows are kept.
+        observations = rows.expand(len(self.agent.tasks), -1, -1)
+        actions = self.agent.act(observations, deterministic)[self.task].cpu().numpy()
         return (actions[0] if single else actions), None
 
 
@@ -64,15 +74,13 @@ class Agent:
         config: the run's configuration.
         tasks: task names, in the order of the network's task index.
         step: simulator steps per task that it was trained for.
-        learner: its networks.
-        generator: for actions that are not deterministic.
+        act: its networks. Actions that are not deterministic come from the agent's own random stream.
     """
 
     config: Config
     tasks: tuple[str, ...]
     step: int
-    learner: Learner
-    generator: torch.Generator
+    act: Act
 
     def policy(self, task: str) -> Policy:
         """The policy of one task.
@@ -101,13 +109,35 @@ def load(run: str | Path, device: str = "cpu") -> Agent:
     folder = Path(run)
     config = read_config(folder)
     checkpoint, state = newest_checkpoint(folder)
-    tasks = tuple(state["tasks"])
+    make = _mtsac if config.algorithm == "mtsac" else _sb3
+    networks = read_part(checkpoint, "learner", torch.device(device))
+    return Agent(config, tuple(state["tasks"]), state["step"], make(config, state, networks, torch.device(device)))
+
+
+def _mtsac(config: Config, state: dict[str, Any], networks: dict[str, Tensor], device: torch.device) -> Act:
     generator = torch.Generator().manual_seed(config.seed)
-    learner = Learner(
-        config, len(tasks), state["observation_size"], state["action_size"], torch.device(device), generator
-    )
-    learner.load_state_dict(read_part(checkpoint, "learner", torch.device(device)))
-    return Agent(config, tasks, state["step"], learner, generator)
+    sizes = (state["observation_size"], state["action_size"])
+    learner = Learner(config, len(state["tasks"]), *sizes, device, generator)
+    learner.load_state_dict(networks)
+
+    def act(observations: Tensor, deterministic: bool) -> Tensor:
+        shape = (*observations.shape[:-1], learner.action_size)
+        noise = None if deterministic else torch.randn(shape, generator=generator).to(device)
+        return learner.act(observations.to(device), noise)
+
+    return act
+
+
+def _sb3(config: Config, state: dict[str, Any], networks: dict[str, Tensor], device: torch.device) -> Act:
+    streams = GlobalStreams(config.seed, device)
+    sizes = (state["observation_size"], state["action_size"])
+    policies = load_policies(config, len(state["tasks"]), networks, sizes, device)
+
+    def act(observations: Tensor, deterministic: bool) -> Tensor:
+        with streams.lent():
+            return policies.act(observations, deterministic)
+
+    return act
 
 
 def evaluate_run(run: str | Path, device: str = "auto") -> tuple[list[Episode], str]:
@@ -126,9 +156,7 @@ def evaluate_run(run: str | Path, device: str = "auto") -> tuple[list[Episode], 
     envs = world.evaluation(None)
     try:
         goals = np.arange(world.goals)
-        episodes = evaluate(
-            lambda x: agent.learner.act(x.to(chosen), None), envs, agent.tasks, goals, agent.step, agent.config
-        )
+        episodes = evaluate(lambda x: agent.act(x, True), envs, agent.tasks, goals, agent.step, agent.config)
     finally:
         envs.close()
     write_rows(folder / "eval.csv", episodes)

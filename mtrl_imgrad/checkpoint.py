@@ -27,7 +27,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mtrl_imgrad.config import Config, aggregator_name, from_dict, to_dict
+from mtrl_imgrad.config import Config, from_dict, method_name, to_dict
 from mtrl_imgrad.files import FolderLock, write_whole
 from mtrl_imgrad.version import __version__
 
@@ -38,10 +38,10 @@ PACKAGES = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "stable_baseli
 
 
 def run_name(config: Config) -> str:
-    """`<benchmark>-<aggregator>-s<seed>`."""
+    """`<benchmark>-<method>-s<seed>`."""
     tasks = config.benchmark.tasks
     benchmark = tasks[0].lower() if len(tasks) == 1 else f"{len(tasks)}tasks"
-    return f"{benchmark}-{aggregator_name(config.aggregator).replace(':', '.')}-s{config.seed}"
+    return f"{benchmark}-{method_name(config).replace(':', '.')}-s{config.seed}"
 
 
 def create_run(config: Config, goals: Any) -> FolderLock:

@@ -31,8 +31,7 @@ from mtrl_imgrad.report.command import command_report
 
 def command_train(arguments: Sequence[str]) -> None:
     from mtrl_imgrad.checkpoint import read_config
-    from mtrl_imgrad.run import Run
-    from mtrl_imgrad.trainer import run_training
+    from mtrl_imgrad.trainer import open_run
 
     taken, rest = take_options(arguments, ("resume",))
     resume = Path(taken[-1][1]) if taken else None
@@ -44,9 +43,9 @@ def command_train(arguments: Sequence[str]) -> None:
     if base:
         refuse_changes(base, to_dict(config))
     with told_as_user_errors():
-        run = Run(config, resume, started=psutil.Process().create_time())
+        run, loop = open_run(config, resume, started=psutil.Process().create_time())
     with run:
-        run_training(run)
+        loop(run)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_type_hints
+from typing import Any, Literal, get_args, get_type_hints
 
 from mtrl_imgrad.aggregators import AGGREGATORS, Aggregator, IMGrad, resolve
 
@@ -252,13 +252,72 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class Sb3Config:
+    """stable-baselines3's SAC, for the algorithms `sb3-sac*` only. Names, meanings and defaults are SB3's own."""
+
+    learning_rate: float = 3e-4
+    """Adam step size of actor, critics and temperature."""
+    buffer_size: int = 1_000_000
+    """Transitions (decisions) kept by one network, over all environments that it learns from."""
+    batch_size: int = 256
+    """Transitions in one update of one network, drawn from all of its tasks together."""
+    tau: float = 0.005
+    """Step of the target critics towards the critics, per target update."""
+    gamma: float = 0.99
+    """Discount factor per decision."""
+    gradient_steps: int = 1
+    """Updates after each vector step, however many environments it has; -1 makes one for every transition."""
+    ent_coef: str = "auto"
+    """Temperature: auto learns it from 1, auto_0.1 from 0.1, and a number keeps it."""
+    target_update_interval: int = 1
+    """Updates between target updates, counted anew after each vector step."""
+    target_entropy: str = "auto"
+    """Entropy in nats that the temperature steers to; auto is minus the number of action entries."""
+    net_arch: tuple[int, ...] = (256, 256)
+    """Units of each hidden layer, of the actor and of each critic."""
+
+    def __post_init__(self) -> None:
+        _require(0 < self.learning_rate < math.inf, "sb3.learning_rate", self.learning_rate, "positive and finite")
+        for name in ("buffer_size", "batch_size", "target_update_interval"):
+            _require(getattr(self, name) >= 1, f"sb3.{name}", getattr(self, name), "at least 1")
+        steps = self.gradient_steps
+        _require(steps >= 1 or steps == -1, "sb3.gradient_steps", steps, "at least 1, or -1")
+        _require(0 < self.tau <= 1, "sb3.tau", self.tau, "above 0 and at most 1")
+        _require(0 <= self.gamma <= 1, "sb3.gamma", self.gamma, "between 0 and 1")
+        coefficient = 1.0 if self.ent_coef == "auto" else _number(self.ent_coef.removeprefix("auto_"))
+        _require(0 < coefficient < math.inf, "sb3.ent_coef", self.ent_coef, "auto, auto_X or X, with X above 0")
+        entropy = 0.0 if self.target_entropy == "auto" else _number(self.target_entropy)
+        _require(math.isfinite(entropy), "sb3.target_entropy", self.target_entropy, "auto or a number")
+        layers = len(self.net_arch) > 0 and min(self.net_arch) >= 1
+        _require(layers, "sb3.net_arch", self.net_arch, "at least one layer, each of at least 1 unit")
+
+
+def _number(text: str) -> float:
+    """The number that a text is, or NaN."""
+    try:
+        return math.nan if "_" in text else float(text)
+    except ValueError:
+        return math.nan
+
+
+Baseline = Literal["sb3-sac", "sb3-sac-blind", "sb3-sac-single"]
+BASELINES: tuple[str, ...] = get_args(Baseline)
+"""Algorithms that are not ours."""
+
+
+@dataclass(frozen=True)
 class Config:
     """One training run."""
 
+    algorithm: Literal["mtsac"] | Baseline = "mtsac"
+    """What learns. mtsac: multi-task SAC with an aggregator; the others are stable-baselines3's SAC as a baseline.
+    sb3-sac: one for all tasks, which sees the task's one-hot; sb3-sac-blind: one that does not see it; sb3-sac-single:
+    one per task."""
     seed: int = 1
     """Seed of everything random in the run."""
     run_dir: str = ""
-    """Run folder; empty makes runs/<benchmark>-<aggregator>-s<seed>, numbered where that exists."""
+    """Run folder; empty makes runs/<benchmark>-<method>-s<seed>, numbered where that exists; the method is the
+    aggregator or the baseline."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Training device; auto is cuda where there is one, else cpu."""
     threads: int = 0
@@ -281,6 +340,7 @@ class Config:
     network: NetworkConfig = field(default_factory=NetworkConfig)
     sac: SacConfig = field(default_factory=SacConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    sb3: Sb3Config = field(default_factory=Sb3Config)
     eval: EvalConfig = field(default_factory=EvalConfig)
     log: LogConfig = field(default_factory=LogConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
@@ -305,6 +365,14 @@ class Config:
         """Simulator steps per task in one vector step."""
         return self.envs.envs_per_task * self.envs.action_repeat
 
+    def steps_from(self, start: int) -> range:
+        """Simulator steps per task after each vector step still to be taken."""
+        return range(start + self.vector_step, self.sac.steps + 1, self.vector_step)
+
+    def due(self, every: int, step: int) -> bool:
+        """Whether the vector step that ends at `step` reached a multiple of `every`; never for 0."""
+        return every > 0 and step // every > (step - self.vector_step) // every
+
     @property
     def protocol(self) -> str:
         """Name of the evaluation protocol, derived from the fields so that it cannot be wrong (DESIGN.md rule 8)."""
@@ -315,6 +383,26 @@ class Config:
             return named[shown]
         reward, horizon, goals = shown
         return f"custom ({reward} reward{', normalised' * normalized}, horizon {horizon}, {goals} goals)"
+
+
+def unused_fields(algorithm: str) -> tuple[str, ...]:
+    """Fields and whole sections that an algorithm does not read. What describes the experiment (tasks, goals, reward,
+    environments, length, warm-up, evaluation, reports, seed, device) is read by all of them."""
+    if algorithm == "mtsac":
+        return ("sb3",)
+    own = tuple(f"sac.{f.name}" for f in dataclasses.fields(SacConfig) if f.name not in ("steps", "warmup"))
+    graph = ("precision", "jacobian", "compile", "cuda_graph", "envs.pipeline")
+    return ("aggregator", "network", "replay", *graph, *own)
+
+
+def uses(algorithm: str, name: str) -> bool:
+    """Whether an algorithm reads a field, given by its dotted name."""
+    return not any(f"{name}.".startswith(f"{unused}.") for unused in unused_fields(algorithm))
+
+
+def method_name(config: Config) -> str:
+    """What tables and run folders call the run's method: its aggregator, or the baseline."""
+    return aggregator_name(config.aggregator) if config.algorithm == "mtsac" else config.algorithm
 
 
 def aggregator_name(rule: Aggregator) -> str:

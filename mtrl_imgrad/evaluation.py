@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -16,6 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mtrl_imgrad.config import Config
+from mtrl_imgrad.world import World
 
 Act = Callable[[Float[Tensor, "tasks rows entries"]], Float[Tensor, "tasks rows actions"]]
 
@@ -135,3 +137,50 @@ def table(rows: Sequence[Episode]) -> str:
         )
     mean = np.mean(list(success_per_task(rows).values()))
     return "\n".join([*lines, f"{'mean over tasks':<{width}}  {len(rows):8d}  {mean:7.2f}"])
+
+
+def success_tags(name: str, episodes: Sequence[Episode]) -> dict[str, float]:
+    """`<name>/success_rate` of every task and of their mean."""
+    tags = {f"{name}/success_rate/{task}": rate for task, rate in success_per_task(episodes).items()}
+    return tags | {f"{name}/success_rate": float(np.mean(list(tags.values())))}
+
+
+class Evaluator:
+    """The evaluations of one training run, in environments that are made when they are first needed.
+
+    Args:
+        config: of the run.
+        world: makes the environments.
+        folder: the run folder.
+        beside: the training environments, whose workers these may use; None where there is no one env of all tasks.
+    """
+
+    def __init__(self, config: Config, world: World, folder: Path, beside: VectorEnv | None) -> None:
+        self.config, self.world, self.folder, self.beside = config, world, folder, beside
+        self.some = goal_subset(world.goals, config.eval.goals_per_task)
+        self.envs: VectorEnv | None = None
+
+    def during_training(self, act: Act, step: int) -> dict[str, float]:
+        """A few goals of each task, written to `eval_training.csv`; the tags of a log row."""
+        episodes = self._evaluate(act, self.some, step)
+        write_rows(self.folder / "eval_training.csv", episodes)
+        return success_tags("eval", episodes)
+
+    def final(self, act: Act, step: int) -> tuple[dict[str, float], str]:
+        """Every goal of each task, written to `eval.csv`; the result as tags and as text."""
+        started = time.perf_counter()
+        episodes = self._evaluate(act, np.arange(self.world.goals), step)
+        write_rows(self.folder / "eval.csv", episodes)
+        minutes = (time.perf_counter() - started) / 60
+        return success_tags("final", episodes), (
+            f"{table(episodes)}\nfinal evaluation: {minutes:.2f} minutes; "
+            f"protocol {self.config.protocol}, every goal once, deterministic policy"
+        )
+
+    def close(self) -> None:
+        if self.envs:
+            self.envs.close()
+
+    def _evaluate(self, act: Act, goals: Int[np.ndarray, " chosen"], step: int) -> list[Episode]:
+        self.envs = self.envs or self.world.evaluation(self.beside)
+        return evaluate(act, self.envs, self.world.tasks, goals, step, self.config)

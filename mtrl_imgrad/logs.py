@@ -120,9 +120,12 @@ class Stopwatch:
         """Add what happens inside to the time of `name`; `count` is 0 where it belongs to what was counted before."""
         before = time.perf_counter()
         yield
-        taken = time.perf_counter() - before
-        self.seconds[name] = self.seconds.get(name, 0.0) + taken
-        self.totals[name] += taken
+        self.add(name, time.perf_counter() - before, count)
+
+    def add(self, name: str, seconds: float, count: int = 1) -> None:
+        """Add what was measured elsewhere to the time of `name`."""
+        self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+        self.totals[name] += seconds
         self.counts[name] = self.counts.get(name, 0) + count
 
     def shares(self) -> str:
@@ -136,7 +139,8 @@ class Stopwatch:
         """Tags of the interval that ends at `step`; then starts anew."""
         now = time.perf_counter()
         training = now - self.started - self.seconds.get("evaluation", 0.0)
-        tags = {f"time/{name}_ms": 1000 * total / self.counts[name] for name, total in self.seconds.items()}
+        counted = {name: total for name, total in self.seconds.items() if self.counts[name]}
+        tags = {f"time/{name}_ms": 1000 * total / self.counts[name] for name, total in counted.items()}
         tags["time/fps"] = (step - self.step) * tasks / training
         self.step, self.started, self.seconds, self.counts = step, now, {}, {}
         return tags
@@ -150,10 +154,13 @@ class RunLog:
         total: simulator steps per task at the end of training.
         start: step from which this process trains; later rows of an interrupted run are dropped.
         tensorboard: whether to write TensorBoard events.
-        non_finite: the learner's count of non-finite losses at the start, of which nothing is said any more.
+        non_finite: the learner's count of non-finite losses at the start, of which nothing is said any more; None
+            where it does not count them.
     """
 
-    def __init__(self, folder: Path, total: int, start: int, tensorboard: bool, non_finite: Tensor) -> None:
+    def __init__(
+        self, folder: Path, total: int, start: int, tensorboard: bool, non_finite: Tensor | None = None
+    ) -> None:
         self.tensorboard = TensorBoard(folder / FOLDER, start + 1) if tensorboard else None
         writers: list[KVWriter] = [ProgressCsv(folder / "progress.csv", start)]
         self.logger = Logger(str(folder), [*writers, *([self.tensorboard] if self.tensorboard else [])])
@@ -163,7 +170,7 @@ class RunLog:
         self.bar = self.progress.add_task("starting", total=total, completed=start)
         self.total, self.start, self.started = total, start, time.perf_counter()
         self.success: dict[str, float] = {}
-        self.non_finite = non_finite.clone()
+        self.non_finite = torch.zeros(()) if non_finite is None else non_finite.clone()
         self.progress.start()
 
     def print(self, text: str) -> None:

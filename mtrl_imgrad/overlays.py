@@ -16,10 +16,10 @@ from typing import Any
 import yaml
 
 from mtrl_imgrad.aggregators import AGGREGATORS, resolve
-from mtrl_imgrad.config import Config
+from mtrl_imgrad.config import Config, uses
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
 
-TRAIN_HELP = """Train a multi-task SAC agent on Meta-World.
+TRAIN_HELP = """Train a multi-task SAC agent, or stable-baselines3's SAC as a baseline, on Meta-World.
 
 Overlays come first and are merged in the order given; every other flag wins over them:
   --config NAME|PATH        a YAML overlay: a file, or one of those that `mtrl-imgrad list configs` shows
@@ -130,7 +130,7 @@ def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -
         base: an overlay below all others.
 
     Raises:
-        UserError: something in them is not allowed.
+        UserError: something in them is not allowed, or a flag names a field that the algorithm does not use.
         SystemExit: `--help` was asked for and printed.
     """
     taken, flags = take_options(arguments, ("config", "benchmark", "aggregator"))
@@ -153,7 +153,10 @@ def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -
     tokens = flags_of(overlay | {"aggregator": fields}) + flags
     _refuse_unknown(tokens, field_names(typed))
     words = [re.sub(r"^(--[^=]+=)?(true|false)$", lambda m: f"{m[1] or ''}{m[2].title()}", token) for token in tokens]
-    return parse(typed, words, "train", TRAIN_HELP)
+    config: Config = parse(typed, words, "train", TRAIN_HELP)
+    named = [f"--{name}" for name, _ in taken if name == "aggregator"]
+    _refuse_unused([*named, *flags], config.algorithm)
+    return config
 
 
 def field_names(kind: Any, prefix: str = "") -> list[str]:
@@ -165,10 +168,22 @@ def field_names(kind: Any, prefix: str = "") -> list[str]:
     return names
 
 
+def fields_of(flags: Sequence[str]) -> list[str]:
+    """The fields that flags name."""
+    return [flag[2:].partition("=")[0].replace("-", "_") for flag in flags if flag.startswith("--")]
+
+
+def _refuse_unused(flags: Sequence[str], algorithm: str) -> None:
+    """A flag that would change nothing is a mistake; what an overlay says of other algorithms is not."""
+    for name in fields_of(flags):
+        if not uses(algorithm, name):
+            instead = "" if algorithm == "mtsac" else "; its own settings are the fields --sb3.*"
+            raise UserError(f"{name}: --algorithm {algorithm} does not use this field{instead}.")
+
+
 def _refuse_unknown(tokens: Sequence[str], names: Sequence[str]) -> None:
-    for token in tokens:
-        name = token[2:].partition("=")[0].replace("-", "_")
-        if token.startswith("--") and name not in (*names, "help"):
+    for name in fields_of(tokens):
+        if name not in (*names, "help"):
             near = difflib.get_close_matches(name, names, 1, 0.0)[0]
             raise UserError(f"{name}: there is no such field; the nearest is --{near}.\nSee `{PROGRAM} train --help`.")
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shlex
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -13,28 +12,20 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from gymnasium.vector import VectorEnv
 from torch import Tensor
 
 from mtrl_imgrad import weights_and_biases
 from mtrl_imgrad.averages import Averages
-from mtrl_imgrad.checkpoint import (
-    create_run,
-    describe_run,
-    has_checkpoint,
-    newest_checkpoint,
-    read_part,
-    save_checkpoint,
-)
+from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_part, save_checkpoint
 from mtrl_imgrad.config import Config, aggregator_name
-from mtrl_imgrad.envs import Goals, MetaworldVectorEnv, expand_tasks, make_goals
-from mtrl_imgrad.evaluation import drop_rows_after
+from mtrl_imgrad.evaluation import Evaluator
 from mtrl_imgrad.files import FolderLock
 from mtrl_imgrad.learner import Learner
-from mtrl_imgrad.logs import EpisodeStatistics, RunLog
+from mtrl_imgrad.logs import EpisodeStatistics
 from mtrl_imgrad.replay import Replay
 from mtrl_imgrad.rewards import RewardNormalizer
-from mtrl_imgrad.tensorboard import describe
+from mtrl_imgrad.run_output import RunOutput
+from mtrl_imgrad.world import MakeWorld, metaworld
 
 CPU = torch.device("cpu")
 EMA_RATE = 0.001
@@ -42,61 +33,6 @@ EMA_RATE = 0.001
 STREAMS = ("envs", "replay", "policy", "aggregation", "network")
 """What draws random numbers, in the order of `SeedSequence(seed).spawn`; new streams go to the end, or old seeds change
 their meaning."""
-
-
-@dataclass(frozen=True)
-class World:
-    """The environments of a run.
-
-    Attributes:
-        tasks: task names.
-        goals: goals per task.
-        description: what the run folder keeps in `goals.json` to make the same world again.
-        training: makes the training environments, whose streams come from the given sequence; rows are task-major.
-        evaluation: makes one environment per task for evaluation. It may use the worker processes of the training
-            environments given; None where there are none.
-    """
-
-    tasks: tuple[str, ...]
-    goals: int
-    description: dict[str, Any]
-    training: Callable[[np.random.SeedSequence], VectorEnv]
-    evaluation: Callable[[Any], VectorEnv]
-
-
-MakeWorld = Callable[[Config, "dict[str, Any] | None"], World]
-
-
-def metaworld(config: Config, description: dict[str, Any] | None) -> World:
-    """Meta-World as configured; `description` is that of an earlier run, whose goals are to be used again."""
-    tasks = expand_tasks(config.benchmark.tasks)
-    goal_seed = config.seed if config.envs.goal_seed is None else config.envs.goal_seed
-    goals = Goals.from_dict(description) if description else make_goals(tasks, goal_seed, config.benchmark.goals)
-    common: Any = {
-        "reward": config.benchmark.reward,
-        "action_repeat": config.envs.action_repeat,
-        "workers": config.envs.workers,
-        "fast": config.envs.fast,
-        "self_check": config.envs.self_check == "on",
-    }
-
-    def training(stream: np.random.SeedSequence) -> VectorEnv:
-        envs = config.envs
-        seed = config.seed if envs.seeding == "metaworld" else stream
-        return MetaworldVectorEnv(
-            tasks,
-            goals,
-            seed=seed,
-            seeding=envs.seeding,
-            envs_per_task=envs.envs_per_task,
-            horizon=envs.horizon,
-            **common,
-        )
-
-    def evaluation(beside: MetaworldVectorEnv | None) -> VectorEnv:
-        return MetaworldVectorEnv(tasks, goals, seed=0, horizon=config.eval.horizon, share=beside, **common)
-
-    return World(tasks, goals.num_goals, goals.to_dict(), training, evaluation)
 
 
 class Saved(Protocol):
@@ -170,8 +106,7 @@ class Run:
 
         streams = dict(zip(STREAMS, np.random.SeedSequence(config.seed).spawn(len(STREAMS)), strict=True))
         seeds = {name: int(stream.generate_state(1, np.uint64)[0]) for name, stream in streams.items()}
-        self.envs: Any = self.world.training(streams["envs"])
-        self.evaluation_envs: VectorEnv | None = None
+        self.envs: Any = self.world.training(streams["envs"], self.tasks)
         sizes = (self.envs.single_observation_space.shape[0], self.envs.single_action_space.shape[0])
         self.generators = Generators(
             *(torch.Generator(self.device).manual_seed(seeds[name]) for name in ("replay", "policy", "aggregation"))
@@ -199,15 +134,9 @@ class Run:
         else:
             first, _ = self.envs.reset(seed=config.seed + self.start if self.start else None)
         (self.observations,) = self.on_device(first)
-        self.lock = lock or create_run(config, self.world.description)
-        self.folder = self.lock.folder
-        if resume:
-            for name in ("eval_training.csv", "gradient_cosines.csv"):
-                drop_rows_after(resume / name, self.start)
-            describe_run(resume, config, self.start)
-        self.wandb = weights_and_biases.start(self.folder, config) if config.log.wandb else None
-        self.describe()
-        self.log = RunLog(self.folder, config.sac.steps, self.start, config.log.tensorboard, self.learner.non_finite)
+        self.output = RunOutput(config, self.world, lock, self.start, self.learner.non_finite)
+        self.folder, self.log = self.output.folder, self.output.log
+        self.evaluator = Evaluator(config, self.world, self.folder, self.envs)
 
     def __enter__(self) -> Run:
         return self
@@ -215,13 +144,10 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.log.close()
-        if self.wandb:
-            self.wandb.finish(exit_code=0 if kind is None else 1)
+        self.output.finish_log(failed=kind is not None)
         self.envs.close()
-        if self.evaluation_envs:
-            self.evaluation_envs.close()
-        self.lock.release()
+        self.evaluator.close()
+        self.output.lock.release()
 
     def on_device(self, *arrays: np.ndarray) -> list[Tensor]:
         """Rows `[K * E, .]` of the environments as `[K, E, .]` on the training device, float32, by one copy for all."""
@@ -236,14 +162,6 @@ class Run:
     def act(self, observations: Tensor) -> Tensor:
         """The deterministic policy, for evaluation."""
         return self.learner.act(observations.to(self.device), None)
-
-    def steps(self) -> range:
-        """Simulator steps per task after each vector step still to be taken."""
-        return range(self.start + self.config.vector_step, self.config.sac.steps + 1, self.config.vector_step)
-
-    def due(self, every: int, step: int) -> bool:
-        """Whether this vector step reached a multiple of `every`; never for 0."""
-        return every > 0 and step // every > (step - self.config.vector_step) // every
 
     def announce(self) -> None:
         """What a user wants to know before training begins."""
@@ -262,11 +180,6 @@ class Run:
         ):
             self.log.print(line)
 
-    def describe(self, step: int = 0, final: dict[str, float] | None = None) -> None:
-        """Describe the run in TensorBoard, at its end with the tags of the final evaluation."""
-        if self.config.log.tensorboard:
-            describe(self.folder, self.config, self.tasks, step, final)
-
     def compile_update(self) -> None:
         """Compile the update where that is configured and there is one to come, and say how long it took."""
         if not self.config.compile or max(self.start, self.config.sac.warmup) >= self.config.sac.steps:
@@ -279,11 +192,6 @@ class Run:
             self.log.started = time.perf_counter()  # the time that is left is told without it
         else:
             self.log.print(f"warning: the update is not compiled, which is slower ({failure})")
-
-    def evaluation(self) -> VectorEnv:
-        """The evaluation environments, made when they are first needed."""
-        self.evaluation_envs = self.evaluation_envs or self.world.evaluation(self.envs)
-        return self.evaluation_envs
 
     def _saved(self) -> dict[str, Saved]:
         return {

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
 
 from mtrl_imgrad.averages import by_task
+from mtrl_imgrad.baselines.sb3_run import Sb3Run
+from mtrl_imgrad.baselines.sb3_training import run_sb3_training
 from mtrl_imgrad.config import Config
-from mtrl_imgrad.evaluation import Episode, evaluate, goal_subset, success_per_task, table, write_rows
 from mtrl_imgrad.gradient_cosines import append_rows
 from mtrl_imgrad.logs import Stopwatch
-from mtrl_imgrad.run import MakeWorld, Run, metaworld
+from mtrl_imgrad.run import Run
+from mtrl_imgrad.world import MakeWorld, metaworld
 
 
 def train(config: Config, resume: Path | None = None, make_world: MakeWorld = metaworld) -> Path:
-    """Train a multi-task SAC agent and return its run folder.
+    """Train an agent with `config.algorithm` and return its run folder.
 
     Args:
         config: what to train.
@@ -31,8 +32,18 @@ def train(config: Config, resume: Path | None = None, make_world: MakeWorld = me
         FileExistsError: the run folder exists.
         NonFiniteError: a loss was not finite; see `sac.nan_policy`.
     """
-    with Run(config, resume, make_world) as run:
-        return run_training(run)
+    opened, loop = open_run(config, resume, make_world)
+    with opened as run:
+        return loop(run)
+
+
+def open_run(
+    config: Config, resume: Path | None = None, make_world: MakeWorld = metaworld, started: float | None = None
+) -> tuple[Any, Callable[[Any], Path]]:
+    """A run of `config.algorithm`, a context manager that closes it, and the loop that trains in it; arguments and
+    errors are those of `Run`."""
+    make, loop = (Run, run_training) if config.algorithm == "mtsac" else (Sb3Run, run_sb3_training)
+    return make(config, resume, make_world, started), loop
 
 
 def run_training(run: Run) -> Path:
@@ -41,10 +52,9 @@ def run_training(run: Run) -> Path:
     run.announce()
     run.compile_update()
     sac, learner, replay, random = config.sac, run.learner, run.replay, run.generators
-    chosen_goals = goal_subset(run.world.goals, config.eval.goals_per_task)
     watch = Stopwatch(run.start)
     checkpoint_due = False
-    steps = run.steps()
+    steps = config.steps_from(run.start)
     for step in steps:
         # Act: uniformly at random during the warm-up, then with the policy
         shape = (*run.rows, learner.action_size)
@@ -71,16 +81,14 @@ def run_training(run: Run) -> Path:
             learn(run, step, watch)
 
         # Evaluate on a few goals
-        evaluating = run.due(config.eval.every, step)
+        evaluating = config.due(config.eval.every, step)
         evaluated: dict[str, float] = {}
         if evaluating:
             with watch.measure("evaluation"):
-                episodes = evaluate(run.act, run.evaluation(), run.tasks, chosen_goals, step, config)
-            write_rows(run.folder / "eval_training.csv", episodes)
-            evaluated = success_tags("eval", episodes)
+                evaluated = run.evaluator.during_training(run.act, step)
 
         # Report
-        if evaluating or run.due(config.log.every, step) or step == steps[-1]:
+        if evaluating or config.due(config.log.every, step) or step == steps[-1]:
             counts = {"train/updates": float(learner.state["updates"]), "rollout/transitions": step * len(run.tasks)}
             counts["train/non_finite"] = int(learner.non_finite.sum())
             values = counts | run.episodes.pop(run.tasks) | by_task(run.averages.pop(), run.tasks) | evaluated
@@ -93,7 +101,7 @@ def run_training(run: Run) -> Path:
             run.log.tell_non_finite(learner.non_finite, run.tasks, sac.nan_policy)
 
         # Save at the next moment when no episode is under way
-        checkpoint_due |= run.due(config.checkpoint.every, step)
+        checkpoint_due |= config.due(config.checkpoint.every, step)
         if checkpoint_due and run.envs.at_episode_start:
             run.save(step)
             checkpoint_due = False
@@ -102,16 +110,9 @@ def run_training(run: Run) -> Path:
     run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start; {watch.shares()}")
     run.save(last)
     if config.eval.final:
-        started = time.perf_counter()
-        episodes = evaluate(run.act, run.evaluation(), run.tasks, np.arange(run.world.goals), last, config)
-        write_rows(run.folder / "eval.csv", episodes)
-        run.describe(last, success_tags("final", episodes))
-        run.log.print(table(episodes))
-        minutes = (time.perf_counter() - started) / 60
-        run.log.print(
-            f"final evaluation: {minutes:.2f} minutes; "
-            f"protocol {config.protocol}, every goal once, deterministic policy"
-        )
+        tags, text = run.evaluator.final(run.act, last)
+        run.output.describe(last, tags)
+        run.log.print(text)
     return run.folder
 
 
@@ -126,12 +127,6 @@ def learn(run: Run, step: int, watch: Stopwatch) -> None:
             metrics = learner.update(batch, learner.draw_noise(random.policy, random.aggregation))
             run.averages.add(metrics.per_task | metrics.scalars)
             run.cosines.add(metrics.per_pair)
-
-
-def success_tags(name: str, episodes: Sequence[Episode]) -> dict[str, float]:
-    """`<name>/success_rate` of every task and of their mean."""
-    tags = {f"{name}/success_rate/{task}": rate for task, rate in success_per_task(episodes).items()}
-    return tags | {f"{name}/success_rate": float(np.mean(list(tags.values())))}
 
 
 def show_evaluation(run: Run, step: int, values: dict[str, float]) -> None:

@@ -24,7 +24,7 @@ from mtrl_imgrad.config import Config, EvalConfig, LogConfig, NetworkConfig, agg
 from mtrl_imgrad.files import FolderLock
 from mtrl_imgrad.listing import COLUMNS
 from mtrl_imgrad.overlays import field_names, parse_config
-from mtrl_imgrad.run import Run
+from mtrl_imgrad.trainer import open_run
 
 ROOT = Path(__file__).parents[1]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -91,6 +91,14 @@ MISTAKES = {
     "train --network.share-encoder True --network.depth 1": "network.depth: 1",
     "train --network.kind cnn": "'cnn'.*--network.kind.*'mlp', 'multi_head'",
     "train --network.share-encoder maybe": "'maybe'.*--network.share-encoder.*'True', 'False'",
+    "train --algorithm sb3": "'sb3'.*--algorithm.*'sb3-sac'",
+    "train --algorithm sb3-sac --aggregator mean": "aggregator: --algorithm sb3-sac does not use this field",
+    "train --algorithm sb3-sac --aggregator.c 0.4": "aggregator.c: --algorithm sb3-sac does not use",
+    "train --algorithm sb3-sac-blind --network.width 8": "network.width: --algorithm sb3-sac-blind does not use",
+    "train --algorithm sb3-sac --sac.batch-per-task=8": "sac.batch_per_task: .*the fields --sb3",
+    "train --algorithm sb3-sac --compile False": "compile: --algorithm sb3-sac does not use",
+    "train --sb3.gamma 0.5": "sb3.gamma: --algorithm mtsac does not use this field",
+    "train --algorithm sb3-sac --sb3.ent-coef auto_x": "sb3.ent_coef: 'auto_x' .*auto, auto_X or X",
     "train --device mps": "'mps'.*--device",
     "train --sac.steps": "--sac.steps",
     "train --sac.steps 3 4": "4",
@@ -180,11 +188,10 @@ def work(tmp_path, monkeypatch) -> Path:
 def tiny(monkeypatch) -> None:
     """Commands train on the tiny world instead of Meta-World."""
 
-    class TinyRun(Run):
-        def __init__(self, config, resume=None, started=None):
-            super().__init__(config, resume, make_world, started)
+    def open_tiny(config, resume=None, world=make_world, started=None):
+        return open_run(config, resume, world, started)
 
-    monkeypatch.setattr("mtrl_imgrad.run.Run", TinyRun)
+    monkeypatch.setattr("mtrl_imgrad.trainer.open_run", open_tiny)
 
 
 TINY_COMMAND = """
@@ -398,6 +405,25 @@ class TestTraining:
         assert len((folder / "command.txt").read_text().splitlines()) == 2
         assert yaml.safe_load((folder / "config.yaml").read_text())["sac"]["steps"] == 80
 
+    def test_a_baseline_trains_goes_on_and_stays_what_it_is(self, work, tiny, capsys, read_progress):
+        """A configuration may speak of other algorithms, too; only a flag may not."""
+        sections = {"network": {"width": 8}, "sac": {"batch_per_task": 8}, "sb3": {"net_arch": [8], "batch_size": 8}}
+        (work / "both.yaml").write_text(yaml.safe_dump(sections))
+        unused = ("--aggregator", "--network", "--sac.batch-per-task", "--compile")
+        groups = re.findall(r"--\S+[^-]*", TINY_COMMAND.replace("\n", " "))
+        flags = " ".join(group for group in groups if not group.startswith(unused)).split()
+        flags = ["--config", "both.yaml", "--algorithm", "sb3-sac", *flags]
+        assert main(["train", *flags]) == 0
+        said = capsys.readouterr()
+        assert said.err == ""
+        assert "run folder: runs/2tasks-sb3-sac-s1\n" in said.out
+        assert main(["train", *flags, "--sac.steps", "80", "--run-dir", "straight"]) == 0
+        assert main(["train", "--resume", "runs/2tasks-sb3-sac-s1", "--sac.steps", "80"]) == 0
+        assert "going on from step 40" in capsys.readouterr().out
+        assert read_progress(Path("runs/2tasks-sb3-sac-s1")) == read_progress(Path("straight"))
+        message = fails(capsys, "train", "--resume", "straight", "--algorithm", "sb3-sac-blind")
+        assert "algorithm: the run has 'sb3-sac', and a resumed run cannot change it" in message
+
     def test_a_finished_run_may_be_resumed_with_nothing_to_do(self, work, tiny, capsys):
         assert main(["train", *TINY_FLAGS, "--run-dir", "run"]) == 0
         assert main(["train", "--resume", "run"]) == 0
@@ -472,7 +498,8 @@ class TestHelp:
         sentence, default = field_sentences()[flag]
         assert sentence[0].isalnum()
         assert sentence.endswith((".", ")."))
-        shown = " ".join(default) if isinstance(default, tuple) else repr(default) if default == "" else str(default)
+        words = map(str, default) if isinstance(default, tuple) else [repr(default) if default == "" else str(default)]
+        shown = " ".join(words)
         entry = help_entries(text)[flag]
         assert squashed(f"{sentence} (default: {shown})") in entry
 

@@ -1,6 +1,6 @@
 """`mtrl-imgrad` on the tiny world: what the tests of comparisons start in processes.
 
-With the environment variable TINY_PAUSE, each training run waits as many seconds after each of its vector steps.
+With the environment variable TINY_PAUSE, each training run waits as many seconds in each of its vector steps.
 """
 
 from __future__ import annotations
@@ -9,22 +9,23 @@ import os
 import sys
 import time
 
-from tiny_world import make_world
+from tiny_world import TinyVectorEnv, make_world
 
-from mtrl_imgrad import cli, run
+from mtrl_imgrad import cli, trainer
 
 PAUSE = float(os.environ.get("TINY_PAUSE", "0"))
+open_run, step_wait = trainer.open_run, TinyVectorEnv.step_wait
 
 
-class TinyRun(run.Run):
-    def __init__(self, config, resume=None, started=None):
-        super().__init__(config, resume, make_world, started)
+def open_tiny(config, resume=None, world=make_world, started=None):
+    return open_run(config, resume, world, started)
 
-    def due(self, every, step):
-        time.sleep(PAUSE / 4)
-        return super().due(every, step)
+
+def step_wait_longer(env):
+    time.sleep(PAUSE)
+    return step_wait(env)
 
 
 if __name__ == "__main__":
-    run.Run = TinyRun
+    trainer.open_run, TinyVectorEnv.step_wait = open_tiny, step_wait_longer
     sys.exit(cli.main())

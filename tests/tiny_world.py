@@ -18,7 +18,7 @@ from gymnasium.vector.utils import batch_space
 
 from mtrl_imgrad.config import BenchmarkConfig, Config, EnvsConfig, EvalConfig, LogConfig, NetworkConfig, SacConfig
 from mtrl_imgrad.envs import GoalSchedule
-from mtrl_imgrad.run import MakeWorld, World
+from mtrl_imgrad.world import MakeWorld, World
 
 SPEED = 0.2
 """Longest way per simulator step and axis."""
@@ -37,6 +37,7 @@ class TinyVectorEnv(VectorEnv):
         envs_per_task, horizon, action_repeat: as in `MetaworldVectorEnv`.
         constant_reward: reward of every step in place of minus the distance.
         terminates: whether an episode's end is a termination rather than a truncation.
+        directions: of each task's goal, in radians; None takes K of them evenly around the circle.
     """
 
     metadata = {"autoreset_mode": AutoresetMode.SAME_STEP, "render_modes": []}  # noqa: RUF012
@@ -52,6 +53,7 @@ class TinyVectorEnv(VectorEnv):
         action_repeat: int = 1,
         constant_reward: float | None = None,
         terminates: bool = False,
+        directions: np.ndarray | None = None,
     ) -> None:
         self.num_envs = len(tasks) * envs_per_task
         self.single_observation_space = Box(-np.inf, np.inf, (3,), np.float32)
@@ -60,7 +62,8 @@ class TinyVectorEnv(VectorEnv):
         self.action_space = batch_space(self.single_action_space, self.num_envs)
         self.horizon, self.action_repeat = horizon, action_repeat
         self.constant_reward, self.terminates = constant_reward, terminates
-        angles = np.repeat(2 * np.pi * np.arange(len(tasks)) / len(tasks), envs_per_task)
+        self.task_names, self.num_tasks, self.envs_per_task = tuple(tasks), len(tasks), envs_per_task
+        angles = np.repeat(directions if directions is not None else circle(len(tasks)), envs_per_task)
         self.directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
         self.schedule = GoalSchedule(len(tasks), envs_per_task, num_goals, "spawn", seed)
         self.position = np.zeros((self.num_envs, 2))
@@ -139,6 +142,11 @@ class TinyVectorEnv(VectorEnv):
         return np.column_stack([self.position, GOAL_DISTANCES[self.goal]]).astype(np.float32)
 
 
+def circle(tasks: int) -> np.ndarray:
+    """The direction of each task's goal, in radians."""
+    return 2 * np.pi * np.arange(tasks) / tasks
+
+
 def make_world(config: Config, description: dict[str, Any] | None, **options: Any) -> World:
     """The tiny world as configured, for `train(config, make_world=...)`; `options` go to `TinyVectorEnv`.
 
@@ -147,9 +155,10 @@ def make_world(config: Config, description: dict[str, Any] | None, **options: An
     tasks, goals = config.benchmark.tasks, config.benchmark.goals
     options |= {"action_repeat": config.envs.action_repeat}
 
-    def training(stream: np.random.SeedSequence) -> TinyVectorEnv:
-        per_task = config.envs.envs_per_task
-        return TinyVectorEnv(tasks, goals, stream, envs_per_task=per_task, horizon=config.envs.horizon, **options)
+    def training(stream: np.random.SeedSequence, chosen: Sequence[str]) -> TinyVectorEnv:
+        own = circle(len(tasks))[[tasks.index(task) for task in chosen]]
+        per_task, horizon = config.envs.envs_per_task, config.envs.horizon
+        return TinyVectorEnv(chosen, goals, stream, envs_per_task=per_task, horizon=horizon, directions=own, **options)
 
     def evaluation(beside: Any) -> TinyVectorEnv:
         return TinyVectorEnv(tasks, goals, 0, horizon=config.eval.horizon, **options)
@@ -173,7 +182,7 @@ def dying_world(step: int) -> MakeWorld:
     def make(config: Config, description: dict[str, Any] | None) -> World:
         world = make_world(config, description)
         horizon = config.envs.horizon
-        return replace(world, training=lambda stream: Dying(world.tasks, world.goals, stream, horizon=horizon))
+        return replace(world, training=lambda stream, tasks: Dying(tasks, world.goals, stream, horizon=horizon))
 
     return make
 

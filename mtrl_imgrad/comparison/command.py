@@ -28,7 +28,7 @@ runs. The runs are processes of their own. What is finished is not trained again
 that the same command continues a comparison; more seeds or aggregators may be added to it.
 
 Example: mtrl-imgrad compare --config quickstart --aggregators mean imgrad cagrad,c=0.5 --seeds 5 --jobs 2"""
-OWN = ("seed", "run-dir", "run_dir", "aggregator", "resume")
+OWN = ("seed", "run-dir", "run_dir", "aggregator", "algorithm", "resume")
 """Flags of `train` that each run gets from the comparison."""
 
 
@@ -37,8 +37,8 @@ class CompareOptions:
     """A comparison."""
 
     aggregators: tuple[str, ...] = ("mean", "pcgrad", "cagrad", "imgrad", "conicgrad")
-    """Rules that `mtrl-imgrad list aggregators` shows, or module:Class, each with fields where wanted:
-    NAME,FIELD=VALUE,..."""
+    """Rules that `mtrl-imgrad list aggregators` shows, or module:Class, or the baselines sb3-sac, sb3-sac-blind and
+    sb3-sac-single, each with fields where wanted: NAME,FIELD=VALUE,..."""
     seeds: int = 5
     """Runs per aggregator; one seed each."""
     first_seed: int = 1

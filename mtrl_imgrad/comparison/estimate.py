@@ -23,7 +23,7 @@ class Cost:
     Attributes:
         start: construction and compilation.
         step: one vector step.
-        update: one update.
+        update: the updates of one vector step.
     """
 
     start: float
@@ -39,7 +39,7 @@ class Cost:
         """
         config = run.config
         missing, updated = run.last_step - done, run.last_step - max(done, config.sac.warmup)
-        training = missing * self.step + max(0, updated) * config.sac.updates_per_step * self.update
+        training = missing * self.step + max(0, updated) * self.update
         evaluations = run.last_step // config.eval.every - done // config.eval.every if config.eval.every else 0
         episodes = evaluations * config.eval.goals_per_task + config.eval.final * config.benchmark.goals
         decisions = episodes * -(-config.eval.horizon // config.envs.action_repeat)
@@ -72,7 +72,8 @@ def measure(run: PlannedRun, copies: int, divided: Sequence[str], program: Seque
         if any(process.returncode for process in processes):
             raise UserError(f"{run.method}: {said[0].strip().splitlines()[-1]}")
         rows = [last_row(folder / "progress.csv") for folder in folders]
-    step, update = (max(float(row[f"time/{name}_ms"]) / 1000 for row in rows) for name in ("stepping", "update"))
+    step = max(float(row["time/stepping_ms"]) for row in rows) / 1000
+    update = max(float(row["time/update_ms"]) * float(row["train/updates"]) for row in rows) / UPDATES / 1000
     elapsed = max(float(row["time/elapsed"]) for row in rows)
     taken = warmup // vector_step + UPDATES
-    return Cost(max(0.0, elapsed - taken * step - UPDATES * update * run.config.sac.updates_per_step), step, update)
+    return Cost(max(0.0, elapsed - taken * step - UPDATES * update), step, update)

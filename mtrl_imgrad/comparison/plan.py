@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_config
-from mtrl_imgrad.config import Config, to_dict
+from mtrl_imgrad.config import BASELINES, Config, to_dict, uses
 from mtrl_imgrad.files import is_locked
-from mtrl_imgrad.overlays import parse_config, refuse_changes
+from mtrl_imgrad.overlays import fields_of, parse_config, refuse_changes
 from mtrl_imgrad.parsing import UserError, told_as_user_errors
 
 State = Literal["to do", "interrupted", "running", "finished", "failed"]
@@ -98,15 +98,18 @@ def plan(methods: Sequence[str], seeds: Sequence[int], out: Path, flags: Sequenc
         methods: `name` or `name,field=value,...` of aggregators, and names of baselines.
         seeds: of the runs.
         out: the folder of their folders.
-        flags: of `mtrl-imgrad train`, the same for all.
+        flags: of `mtrl-imgrad train`, the same for all; a baseline is not given those that only the aggregators use,
+            nor they those of the baselines.
 
     Raises:
         UserError: a method or a flag is not allowed, or two methods are the same.
     """
     runs: list[PlannedRun] = []
+    algorithms = {algorithm_of(method) for method in methods}
     for seed in seeds:
         for method in methods:
-            own = (*flags, *method_flags(method), "--seed", str(seed))
+            common = flags_for(algorithm_of(method), flags, algorithms)
+            own = (*common, *method_flags(method), "--seed", str(seed))
             name = f"{method.replace(':', '.')}-s{seed}"
             runs.append(PlannedRun(name, out / name, method, own, parse_config(own)))
     first = runs[: len(methods)]
@@ -117,17 +120,37 @@ def plan(methods: Sequence[str], seeds: Sequence[int], out: Path, flags: Sequenc
     return runs
 
 
+def algorithm_of(method: str) -> str:
+    """The `--algorithm` of a method."""
+    name = method.partition(",")[0]
+    return name if name in BASELINES else "mtsac"
+
+
+def flags_for(algorithm: str, flags: Sequence[str], algorithms: Collection[str]) -> list[str]:
+    """Flags, with their values, without those that only others of the algorithms use."""
+    kept: list[str] = []
+    keep = True
+    for word in flags:
+        if word.startswith("--"):
+            (name,) = fields_of([word])
+            keep = uses(algorithm, name) or not any(uses(other, name) for other in algorithms)
+        if keep:
+            kept.append(word)
+    return kept
+
+
 def method_flags(method: str) -> list[str]:
-    """Flags of `mtrl-imgrad train` for an aggregator with fields, e.g. `cagrad,c=0.5`.
+    """Flags of `mtrl-imgrad train` for an aggregator or baseline with fields, e.g. `cagrad,c=0.5`.
 
     Raises:
         UserError: it is not written that way.
     """
     name, *fields = method.split(",")
-    flags = ["--aggregator", name]
+    option, section = ("--aggregator", "--aggregator") if name not in BASELINES else ("--algorithm", "--sb3")
+    flags = [option, name]
     for field in fields:
         key, equals, value = field.partition("=")
         if not (name and key and equals and value):
             raise UserError(f"aggregators: {method!r} is neither NAME nor NAME,FIELD=VALUE,...")
-        flags += [f"--aggregator.{key}", value]
+        flags += [f"{section}.{key}", value]
     return flags

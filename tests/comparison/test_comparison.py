@@ -63,6 +63,20 @@ class TestPlan:
         assert [run.config.seed for run in runs] == [3, 3, 4, 4]
         assert [run.config.aggregator for run in runs] == [Mean(), CAGrad(c=0.25)] * 2
 
+    def test_baselines_take_their_place_with_fields_of_their_own(self, tmp_path):
+        runs = tiny_plan(tmp_path, ("mean", "sb3-sac", "sb3-sac-single,gradient_steps=-1"))
+        assert [run.name for run in runs] == ["mean-s1", "sb3-sac-s1", "sb3-sac-single,gradient_steps=-1-s1"]
+        assert [run.config.algorithm for run in runs] == ["mtsac", "sb3-sac", "sb3-sac-single"]
+        assert [run.config.sb3.gradient_steps for run in runs] == [1, 1, -1]
+        assert len({(run.config.sac.steps, run.config.log.every) for run in runs}) == 1
+
+    def test_a_flag_reaches_the_methods_that_use_it_and_one_that_none_uses_is_refused(self, tmp_path):
+        runs = tiny_plan(tmp_path, ("mean", "sb3-sac"), (1,), "--network.width", "9", "--sb3.net-arch", "7", "5")
+        assert [run.config.network.width for run in runs] == [9, 400]
+        assert [run.config.sb3.net_arch for run in runs] == [(256, 256), (7, 5)]
+        with pytest.raises(UserError, match=r"network\.width: --algorithm sb3-sac does not use this field"):
+            plan(["sb3-sac"], [1], tmp_path, ["--network.width", "9"])
+
     def test_runs_differ_in_nothing_else(self, tmp_path):
         first, *others = tiny_plan(tmp_path, ("mean", "imgrad"), (1, 2))
         for run in others:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import numpy as np
 import pytest
 from gymnasium.wrappers import TimeLimit
@@ -144,6 +146,25 @@ def test_options_choose_the_next_goals_once(make_vec_env, options):
     assert [info["goal"] for info in ours.reset_infos] == [4, 4]
     played = [[info["goal"] for info in ours.step(action)[3]] for action in random_actions(HORIZON + 1, 2)]
     assert played == [[4, 4]] * HORIZON + [[1, 1]]
+
+
+def test_it_goes_back_to_the_episode_start_of_a_state(make_vec_env):
+    first, second = make_vec_env(task_one_hot=True), make_vec_env(task_one_hot=True)
+    first.reset()
+    actions = random_actions(2 * HORIZON, 2)
+    for action in actions[:HORIZON]:
+        first.step(action)
+    assert first.at_episode_start
+    state = json.loads(json.dumps(first.state_dict()))
+    later = [first.step(action)[:2] for action in actions[HORIZON:]]
+    begun = second.load_state_dict(state)
+    assert second.at_episode_start
+    assert begun.shape == (2, 39 + 2)
+    assert second.reset_infos == [{"goal": goal} for goal in state["goal"]]
+    for action, (observations, rewards) in zip(actions[HORIZON:], later, strict=True):
+        found = second.step(action)
+        np.testing.assert_array_equal(found[0], observations)
+        np.testing.assert_array_equal(found[1], rewards)
 
 
 def test_options_for_some_rows_only_are_refused(make_vec_env):

@@ -1,0 +1,240 @@
+"""One `stable_baselines3.SAC` in a run: its environments, its random streams, and its state without pickle."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Bool
+from stable_baselines3 import SAC
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.logger import Logger
+from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from torch import Tensor
+
+from mtrl_imgrad.baselines.global_streams import GlobalStreams
+from mtrl_imgrad.config import Config
+from mtrl_imgrad.envs.sb3 import MtVecEnv
+from mtrl_imgrad.rewards import RewardNormalizer
+
+LOSSES = ("train/critic_loss", "train/actor_loss", "train/ent_coef", "train/ent_coef_loss")
+"""What SB3's SAC reports of its updates, under our names for the same."""
+STORED = ("observations", "next_observations", "actions", "rewards", "dones", "timeouts")
+"""Arrays of SB3's replay buffer, `[buffer_size // environments, environments, ...]`."""
+
+EndedEpisodes = Callable[[Bool[np.ndarray, " rows"], dict[str, np.ndarray]], None]
+"""Told of each vector step in which episodes ended: which rows, and their success, return and length."""
+Measured = Callable[[str, float, int], None]
+"""Told what took how many seconds, and how often it happened in them."""
+
+
+class NormalizedRewards(VecEnvWrapper):
+    """Divides rewards as `RewardNormalizer` does before SB3 stores them; the returns of episodes stay as they are."""
+
+    def __init__(self, venv: VecEnv, normalizer: RewardNormalizer) -> None:
+        super().__init__(venv)
+        self.normalizer = normalizer
+
+    def reset(self) -> Any:
+        return self.venv.reset()
+
+    def step_wait(self) -> Any:
+        observations, rewards, dones, infos = self.venv.step_wait()
+        return observations, self.normalizer(rewards), dones, infos
+
+
+class LossMeans(Logger):
+    """The logger that SB3 writes to: it averages the numbers of the updates between two log rows."""
+
+    def __init__(self) -> None:
+        super().__init__(None, [])
+        self.sums: dict[str, float] = defaultdict(float)
+        self.count = 0
+
+    def record(self, key: str, value: Any, exclude: Any = None) -> None:
+        """Take one number; after SB3's updates of one vector step, it is their mean."""
+        if key in LOSSES:
+            self.sums[key] += float(value)
+            self.count += key == LOSSES[0]
+
+    def pop(self) -> dict[str, float]:
+        """Tag -> mean; then starts anew."""
+        means = {tag: total / self.count for tag, total in self.sums.items()}
+        self.sums.clear()
+        self.count = 0
+        return means
+
+
+class Observer(BaseCallback):
+    """Sees SB3's loop from within: which episodes end, and where its time goes."""
+
+    def __init__(self, ended: EndedEpisodes, measured: Measured) -> None:
+        super().__init__()
+        self.ended, self.measured = ended, measured
+
+    def _on_training_start(self) -> None:
+        self.lap, self.updates = time.perf_counter(), self.model._n_updates
+
+    def _on_rollout_start(self) -> None:
+        self._updated()
+
+    def _on_step(self) -> bool:
+        done, infos = self.locals["dones"], self.locals["infos"]
+        if done.any():
+            episodes = [info.get("episode", {"r": 0.0, "l": 0}) for info in infos]
+            values = {
+                "success": np.array([info["is_success"] for info in infos]),
+                "episode_return": np.array([episode["r"] for episode in episodes]),
+                "episode_length": np.array([episode["l"] for episode in episodes]),
+            }
+            self.ended(done, values)
+        return True
+
+    def _on_rollout_end(self) -> None:
+        self._measure("stepping", 1)
+
+    def _on_training_end(self) -> None:
+        self._updated()
+
+    def _updated(self) -> None:
+        self._measure("update", self.model._n_updates - self.updates)
+        self.updates = self.model._n_updates
+
+    def _measure(self, name: str, count: int) -> None:
+        now = time.perf_counter()
+        self.measured(name, now - self.lap, count)
+        self.lap = now
+
+
+class Sb3Model:
+    """One SAC of stable-baselines3, unmodified, and all that belongs to it.
+
+    Args:
+        config: of the run; SAC's own settings are those of `config.sb3`.
+        envs: what it learns from; it is closed with the model.
+        normalizer: of the rewards.
+        seed: of SB3's random numbers: networks, actions and batches.
+        device: where the networks go.
+
+    Raises:
+        MemoryError: the replay buffer does not fit.
+    """
+
+    def __init__(
+        self, config: Config, envs: MtVecEnv, normalizer: RewardNormalizer, seed: int, device: torch.device
+    ) -> None:
+        settings = config.sb3
+        self.envs, self.normalizer, self.seed = envs, normalizer, seed
+        self.streams, self.losses = GlobalStreams(seed, device), LossMeans()
+        envs.action_space.seed(seed)
+        with self.streams.lent(), _naming_the_buffer(settings.buffer_size):
+            self.sac = SAC(
+                "MlpPolicy",
+                NormalizedRewards(envs, normalizer),
+                learning_rate=settings.learning_rate,
+                buffer_size=settings.buffer_size,
+                learning_starts=config.sac.warmup // config.vector_step * envs.num_envs,
+                batch_size=settings.batch_size,
+                tau=settings.tau,
+                gamma=settings.gamma,
+                gradient_steps=settings.gradient_steps,
+                ent_coef=settings.ent_coef,
+                target_update_interval=settings.target_update_interval,
+                target_entropy=settings.target_entropy,
+                policy_kwargs={"net_arch": list(settings.net_arch)},
+                device=device,
+            )
+        self.sac.set_logger(self.losses)
+
+    @property
+    def updates(self) -> int:
+        """Gradient updates so far."""
+        return self.sac._n_updates
+
+    def learn(self, vector_steps: int, ended: EndedEpisodes, measured: Measured) -> None:
+        """Go on with SB3's own loop. Several calls give the numbers of a single one."""
+        with self.streams.lent():
+            self.sac.learn(vector_steps * self.envs.num_envs, Observer(ended, measured), reset_num_timesteps=False)
+
+    def networks(self) -> dict[str, Tensor]:
+        """Parameters, optimiser moments and the temperature."""
+        sac = self.sac
+        state = {f"policy.{name}": value for name, value in sac.policy.state_dict().items()}
+        for name, optimiser in self._optimisers().items():
+            for parameter, moments in optimiser.state_dict()["state"].items():
+                state |= {f"{name}.{parameter}.{moment}": value for moment, value in moments.items()}
+        return state | ({"log_ent_coef": sac.log_ent_coef.detach()} if sac.log_ent_coef is not None else {})
+
+    def load_networks(self, state: dict[str, Tensor]) -> None:
+        """Take back what `networks` gave."""
+        self.sac.policy.load_state_dict(_below("policy.", state))
+        for name, optimiser in self._optimisers().items():
+            moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
+            for key, value in _below(f"{name}.", state).items():
+                parameter, _, moment = key.partition(".")
+                moments[int(parameter)][moment] = value
+            groups = optimiser.state_dict()["param_groups"]
+            optimiser.load_state_dict({"state": dict(moments), "param_groups": groups})
+        if self.sac.log_ent_coef is not None:
+            self.sac.log_ent_coef.data.copy_(state["log_ent_coef"])
+
+    def replay(self) -> dict[str, Tensor]:
+        """The filled part of the replay buffer, without a copy."""
+        buffer = self._buffer()
+        return {name: torch.from_numpy(getattr(buffer, name)[: buffer.size()]) for name in STORED}
+
+    def load_replay(self, state: dict[str, Tensor]) -> None:
+        """Take back what `replay` gave."""
+        for name in STORED:
+            getattr(self._buffer(), name)[: len(state[name])] = state[name].numpy()
+
+    def counters(self) -> dict[str, Any]:
+        """Everything that is not a tensor, as JSON keeps it; the environments are part of it where episodes begin."""
+        buffer = self._buffer()
+        return {
+            "timesteps": self.sac.num_timesteps,
+            "updates": self.sac._n_updates,
+            "position": buffer.pos,
+            "full": buffer.full,
+            "action_space": self.envs.action_space.np_random.bit_generator.state,
+            "losses": {"count": self.losses.count, "sums": dict(self.losses.sums)},
+            "envs": self.envs.state_dict() if self.envs.at_episode_start else None,
+        }
+
+    def load_counters(self, state: dict[str, Any]) -> None:
+        """Take back what `counters` gave. Where the environments are not part of it, new episodes begin."""
+        buffer = self._buffer()
+        self.sac.num_timesteps, self.sac._n_updates = state["timesteps"], state["updates"]
+        buffer.pos, buffer.full = state["position"], state["full"]
+        self.envs.action_space.np_random.bit_generator.state = state["action_space"]
+        self.losses.count = state["losses"]["count"]
+        self.losses.sums.update(state["losses"]["sums"])
+        if state["envs"]:
+            self.sac._last_obs = self.envs.load_state_dict(state["envs"])
+        else:
+            self.envs.seed(self.seed + state["timesteps"])
+
+    def _buffer(self) -> Any:
+        return self.sac.replay_buffer
+
+    def _optimisers(self) -> dict[str, torch.optim.Optimizer]:
+        found = {"actor": self.sac.actor.optimizer, "critic": self.sac.critic.optimizer}
+        temperature = self.sac.ent_coef_optimizer
+        return found | ({"temperature": temperature} if temperature else {})
+
+
+@contextmanager
+def _naming_the_buffer(size: int) -> Iterator[None]:
+    try:
+        yield
+    except MemoryError as error:
+        raise MemoryError(f"sb3.buffer_size: {size:,} transitions do not fit ({error}).") from None
+
+
+def _below(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}

@@ -1,0 +1,244 @@
+"""Runs of stable-baselines3's SAC: its class and its training loop, in our environments, evaluation and run folders.
+
+What describes the experiment comes from the same fields as in our runs: `benchmark`, `envs` (without `pipeline`),
+`eval`, `log`, `checkpoint`, `seed`, `run_dir`, `device`, `threads`, `sac.steps` (length) and `sac.warmup` (random steps
+per task before the first update, SB3's `learning_starts`). Everything that is SAC comes from `sb3`, whose defaults are
+SB3's own. No other field is used (`config.unused_fields`).
+
+SB3 updates after each vector step, `sb3.gradient_steps` times whatever the number of environments: with its default of
+1, a network that learns from ten environments makes one update for ten transitions. An episode's end by time is a
+truncation for SB3 too, and bootstraps, since `MtVecEnv` marks it so.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import time
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import stable_baselines3
+import torch
+from torch import Tensor
+
+from mtrl_imgrad import weights_and_biases
+from mtrl_imgrad.baselines.sb3_model import LOSSES, Sb3Model
+from mtrl_imgrad.baselines.sb3_policy import Sb3Policies, count_models, sees_task
+from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_part, save_checkpoint
+from mtrl_imgrad.config import Config, unused_fields
+from mtrl_imgrad.envs.sb3 import MtVecEnv
+from mtrl_imgrad.evaluation import Evaluator
+from mtrl_imgrad.files import FolderLock
+from mtrl_imgrad.logs import EpisodeStatistics, Stopwatch
+from mtrl_imgrad.rewards import RewardNormalizer
+from mtrl_imgrad.run import CPU, EMA_RATE, STREAMS, choose_device
+from mtrl_imgrad.run_output import RunOutput
+from mtrl_imgrad.world import MakeWorld, metaworld
+
+
+class Sb3Run:
+    """Everything that one run of stable-baselines3's SAC owns; arguments, errors and use are those of `Run`."""
+
+    def __init__(
+        self,
+        config: Config,
+        resume: Path | None = None,
+        make_world: MakeWorld = metaworld,
+        started: float | None = None,
+    ) -> None:
+        self.started = time.time() if started is None else started
+        self.config, self.device = config, choose_device(config.device)
+        if config.log.wandb:
+            weights_and_biases.check()
+        lock = FolderLock(resume) if resume else None
+        if config.threads:
+            torch.set_num_threads(config.threads)
+        self.world = make_world(config, json.loads((resume / "goals.json").read_text()) if resume else None)
+        self.tasks = self.world.tasks
+        self.models = self._make_models(make_world)
+        self.policies = Sb3Policies([model.sac.policy for model in self.models], len(self.tasks), sees_task(config))
+        self.episodes = EpisodeStatistics(len(self.tasks))
+
+        self.start = self._restore(resume) if resume else 0
+        self.output = RunOutput(config, self.world, lock, self.start)
+        self.folder, self.log = self.output.folder, self.output.log
+        beside = self.models[0].envs.envs if len(self.models) == 1 else None
+        self.evaluator = Evaluator(config, self.world, self.folder, beside)
+
+    def __enter__(self) -> Sb3Run:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.output.finish_log(failed=kind is not None)
+        for model in self.models:
+            model.envs.close()
+        self.evaluator.close()
+        self.output.lock.release()
+
+    def _make_models(self, make_world: MakeWorld) -> list[Sb3Model]:
+        """One for all tasks, in the environments of a run of ours; or one per task, each with its own environments."""
+        config, world, count = self.config, self.world, count_models(self.config, len(self.tasks))
+        streams = dict(zip(STREAMS, np.random.SeedSequence(config.seed).spawn(len(STREAMS)), strict=True))
+        of_envs = [streams["envs"]]
+        if count > 1:
+            # The environments of one task step alone, where a worker would save no time.
+            own_process = replace(config, envs=replace(config.envs, workers=config.envs.workers or 0))
+            world, of_envs = make_world(own_process, self.world.description), streams["envs"].spawn(count)
+        rate = EMA_RATE if config.envs.reward_normalization == "ema" else 0.0
+        models: list[Sb3Model] = []
+        for seed, of_env, tasks in zip(
+            model_seeds(config, count), of_envs, np.array_split(self.tasks, count), strict=True
+        ):
+            envs: Any = world.training(of_env, tuple(tasks.tolist()))
+            adapter = MtVecEnv(envs, task_one_hot=sees_task(config))
+            models.append(Sb3Model(config, adapter, RewardNormalizer(len(tasks), rate), seed, self.device))
+        return models
+
+    def act(self, observations: Tensor) -> Tensor:
+        """The deterministic policies, for evaluation."""
+        return self.policies.act(observations)
+
+    def parameters(self) -> dict[str, Tensor]:
+        """Of all networks, by name; those of one task's network begin with its name."""
+        names = [""] if len(self.models) == 1 else [f"{task}/" for task in self.tasks]
+        return {
+            f"{prefix}{name}": parameter.detach()
+            for prefix, model in zip(names, self.models, strict=True)
+            for name, parameter in model.sac.policy.named_parameters()
+        }
+
+    def learn(self, vector_steps: int, watch: Stopwatch) -> None:
+        """Let every model go on for as many vector steps."""
+        rows = len(self.tasks) * self.config.envs.envs_per_task
+        for number, model in enumerate(self.models):
+            own = slice(number * model.envs.num_envs, (number + 1) * model.envs.num_envs)
+
+            def ended(done: np.ndarray, infos: dict[str, np.ndarray], own: slice = own) -> None:
+                self.episodes.add(_placed(done, own, rows), {tag: _placed(x, own, rows) for tag, x in infos.items()})
+
+            def measured(name: str, seconds: float, count: int, number: int = number) -> None:
+                watch.add(name, seconds, 0 if number else count)  # a step, or an update, is one of every model
+
+            model.learn(vector_steps, ended, measured)
+
+    def losses(self) -> dict[str, float]:
+        """Means over the updates since the last call; of single-task models, also per task."""
+        means = [model.losses.pop() for model in self.models]
+        tags = {tag: float(np.mean([own[tag] for own in means])) for tag in LOSSES if tag in means[0]}
+        if len(means) > 1:
+            tags |= {
+                f"{tag}/{task}": value
+                for task, own in zip(self.tasks, means, strict=True)
+                for tag, value in own.items()
+            }
+        return tags
+
+    def announce(self) -> None:
+        """What a user wants to know before training begins."""
+        config, settings = self.config, self.config.sb3
+        envs = self.models[0].envs.num_envs
+        per_step = envs if settings.gradient_steps == -1 else settings.gradient_steps
+        whose = {
+            "sb3-sac": "one for all tasks, which sees the task's one-hot",
+            "sb3-sac-blind": "one for all tasks, which does not see the task",
+            "sb3-sac-single": f"one for each of {len(self.models)} tasks",
+        }
+        parameters = sum(parameter.numel() for parameter in self.models[0].sac.policy.parameters())
+        for line in (
+            f"run folder: {self.folder}" + (f" (going on from step {self.start:,})" if self.start else ""),
+            f"tasks: {', '.join(self.tasks)}",
+            f"{config.algorithm}: SAC of stable-baselines3 {stable_baselines3.__version__}, "
+            f"{whose[config.algorithm]}; evaluation protocol: {config.protocol}",
+            f"each SAC: {envs} environments, updates per vector step: {per_step}, of {settings.batch_size} transitions",
+            f"device: {self.device}, {torch.get_num_threads()} threads; "
+            f"parameters of each SAC: {parameters:,} with target critics",
+            "used: benchmark, envs, eval, log, checkpoint, seed, device, threads, sac.steps, sac.warmup and sb3; "
+            f"not used: {', '.join(name for name in unused_fields(config.algorithm) if not name.startswith('sac.'))} "
+            "and the rest of sac",
+            f"watch: tensorboard --logdir {shlex.quote(str(self.folder / 'tensorboard'))}"
+            if config.log.tensorboard
+            else "TensorBoard is off",
+        ):
+            self.log.print(line)
+
+    @property
+    def at_episode_start(self) -> bool:
+        """Whether no episode is under way in any environment."""
+        return all(model.envs.at_episode_start for model in self.models)
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint. It resumes exactly where `at_episode_start` holds; elsewhere (only when training ends
+        inside an episode) a resume begins new ones.
+        """
+        parts = {
+            "learner": [model.networks() for model in self.models],
+            "generators": [model.streams.state_dict() for model in self.models],
+            "rewards": [model.normalizer.state_dict() for model in self.models],
+            "replay": [model.replay() for model in self.models],
+        }
+        if not self.config.checkpoint.replay:
+            del parts["replay"]
+        flat = {part: _joined(states) for part, states in parts.items()} | {"episodes": self.episodes.state_dict()}
+        buffer: Any = self.models[0].sac.replay_buffer
+        entries = buffer.obs_shape[0] - (len(self.tasks) if sees_task(self.config) else 0)
+        sizes = {"observation_size": entries, "action_size": buffer.action_dim}
+        counters = [model.counters() for model in self.models]
+        save_checkpoint(self.folder, step, flat, {"tasks": self.tasks, "models": counters} | sizes)
+
+    def _restore(self, folder: Path) -> int:
+        if not has_checkpoint(folder):  # it was stopped before its first one
+            return 0
+        checkpoint, state = newest_checkpoint(folder)
+        if not (checkpoint / "replay.safetensors").exists():
+            raise ValueError(
+                f"run: {folder} was saved with checkpoint.replay false; it can be evaluated, but not trained further."
+            )
+        learner, generators, rewards, replay = (
+            _split(read_part(checkpoint, part, CPU)) for part in ("learner", "generators", "rewards", "replay")
+        )
+        for number, model in enumerate(self.models):
+            model.load_networks(learner[number])
+            model.load_replay(replay[number])
+            model.load_counters(state["models"][number])
+            model.streams.load_state_dict(generators[number])
+            model.normalizer.load_state_dict(rewards[number])
+        self.episodes.load_state_dict(read_part(checkpoint, "episodes", CPU))
+        return state["step"]
+
+    def elapsed(self) -> float:
+        """Wall-clock seconds since the start."""
+        return time.time() - self.started
+
+
+def model_seeds(config: Config, models: int) -> list[int]:
+    """The seeds of the models' random numbers."""
+    streams = dict(zip(STREAMS, np.random.SeedSequence(config.seed).spawn(len(STREAMS)), strict=True))
+    return [int(stream.generate_state(1)[0]) for stream in streams["policy"].spawn(models)]
+
+
+def _placed(values: np.ndarray, rows: slice, total: int) -> np.ndarray:
+    """One model's rows among those of all tasks, the others zero."""
+    placed = np.zeros(total, values.dtype)
+    placed[rows] = values
+    return placed
+
+
+def _joined(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    """The models' tensors under one set of names, `<model>.<name>`."""
+    return {f"{number}.{name}": value for number, state in enumerate(states) for name, value in state.items()}
+
+
+def _split(joined: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """Undo `_joined`."""
+    count = 1 + max(int(key.partition(".")[0]) for key in joined)
+    states: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    for key, value in joined.items():
+        number, _, name = key.partition(".")
+        states[int(number)][name] = value
+    return states
