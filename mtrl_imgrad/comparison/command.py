@@ -151,7 +151,7 @@ def tell_estimate(runs: Sequence[PlannedRun], jobs: int, divided: Sequence[str])
     states = {run.name: run.state() for run in runs}
     left = [run for run in runs if states[run.name] != "finished"]
     cost = measure(left[0], jobs, divided) if left else None
-    seconds = {run.name: cost.seconds(run, run.step() if states[run.name] != "to do" else 0) for run in left if cost}
+    seconds = {run.name: cost.seconds(run, run.step()) for run in left if cost}
     width = max(len(run.name) for run in runs)
     for run in runs:
         minutes = f"{seconds[run.name] / 60:7.1f} min" if run.name in seconds else ""

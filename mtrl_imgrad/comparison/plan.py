@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_config
 from mtrl_imgrad.config import BASELINES, Config, to_dict, uses
 from mtrl_imgrad.files import is_locked
 from mtrl_imgrad.overlays import fields_of, parse_config, refuse_changes
 from mtrl_imgrad.parsing import UserError, told_as_user_errors
+from mtrl_imgrad.run_folder import read_run_folder
 
 State = Literal["to do", "interrupted", "running", "finished", "failed"]
 
@@ -60,26 +60,20 @@ class PlannedRun:
         if not (self.folder / "config.yaml").exists():
             return "to do"
         with told_as_user_errors():
-            stored = read_config(self.folder)
+            found = read_run_folder(self.folder)
         try:
-            refuse_changes(to_dict(stored), to_dict(self.config))
-            if stored.sac.steps > self.config.sac.steps:
-                raise UserError(f"sac.steps: the run has {stored.sac.steps}, more than {self.config.sac.steps}.")
+            refuse_changes(to_dict(found.config), to_dict(self.config))
+            if found.config.sac.steps > self.config.sac.steps:
+                raise UserError(f"sac.steps: the run has {found.config.sac.steps}, more than {self.config.sac.steps}.")
         except UserError as error:
             raise UserError(f"out: {self.folder} is a run of another comparison; {error}") from None
         if is_locked(self.folder):
             return "running"
-        return "finished" if self.step() >= self.last_step and self._is_evaluated() else "interrupted"
+        return "finished" if found.planned_steps == self.last_step and found.finished else "interrupted"
 
     def step(self) -> int:
-        """Simulator steps per task of the newest checkpoint."""
-        if not has_checkpoint(self.folder):
-            return 0
-        with told_as_user_errors():
-            return int(newest_checkpoint(self.folder)[1]["step"])
-
-    def _is_evaluated(self) -> bool:
-        return not self.config.eval.final or last_row(self.folder / "eval.csv").get("step") == str(self.last_step)
+        """Simulator steps per task of the newest checkpoint, 0 without one."""
+        return read_run_folder(self.folder).checkpoint_step if (self.folder / "config.yaml").exists() else 0
 
 
 def last_row(path: Path) -> dict[str, str]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtrl_imgrad.config import aggregator_name, to_dict
+from mtrl_imgrad.config import method_name, to_dict, uses
 from mtrl_imgrad.overlays import CHANGEABLE
 from mtrl_imgrad.run_folder import RunFolder
 
@@ -25,9 +25,6 @@ MUST_AGREE: dict[str, Callable[[RunFolder], Any]] = {
     "MuJoCo version": lambda run: run.package("mujoco"),
 }
 """What all runs of one table have in common; success under different values of these is not comparable."""
-
-ALGORITHM = "mtsac"
-"""Value of the field `algorithm` that is this package's own learner, whose groups are named by their aggregator."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +55,7 @@ class Selection:
     Attributes:
         groups: sorted by label, never by result.
         left_out: the other run folders.
-        other_differences: fields besides aggregator and algorithm in which groups differ, with each group's value.
+        other_differences: fields besides the aggregator's in which groups that have them differ, with their values.
     """
 
     groups: tuple[Group, ...]
@@ -123,18 +120,17 @@ def _progress(run: RunFolder) -> tuple[bool, bool, int, float]:
 
 
 def _settings(run: RunFolder) -> dict[str, str]:
-    """Everything that a group has in common: dotted field -> value as text."""
+    """Everything that a group has in common: dotted field -> value as text; without fields that its algorithm does not
+    read."""
     fields = {
         name: value
         for name, value in _flat(to_dict(run.config)).items()
-        if not any(name == ignored or name.startswith(f"{ignored}.") for ignored in IGNORED)
+        if name != "algorithm"
+        and uses(run.config.algorithm, name)
+        and not any(name == ignored or name.startswith(f"{ignored}.") for ignored in IGNORED)
     }
-    fields["benchmark.tasks"] = " ".join(run.tasks)  # MT10 and its ten tasks are the same
-    algorithm = fields.pop("algorithm", ALGORITHM)
-    if algorithm == ALGORITHM:
-        return fields | {"name": aggregator_name(run.config.aggregator)}
-    own = {name: value for name, value in fields.items() if not name.startswith("aggregator.")}
-    return own | {"name": algorithm}
+    # MT10 and its ten tasks are the same.
+    return fields | {"benchmark.tasks": " ".join(run.tasks), "name": method_name(run.config)}
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
@@ -168,9 +164,10 @@ def _short(field: str) -> str:
 
 def _other_differences(groups: Sequence[Group]) -> dict[str, dict[str, str]]:
     settings = {group.label: _settings(next(iter(group.runs.values()))) for group in groups}
-    fields = [
-        field
-        for field in _differing(list(settings.values()))
-        if field != "name" and not field.startswith("aggregator.")
-    ]
-    return {field: {label: one.get(field, "absent") for label, one in settings.items()} for field in fields}
+    fields = dict.fromkeys(field for one in settings.values() for field in one)
+    by_field = {field: {label: one[field] for label, one in settings.items() if field in one} for field in fields}
+    return {
+        field: values
+        for field, values in by_field.items()
+        if len(set(values.values())) > 1 and field != "name" and not field.startswith("aggregator.")
+    }

@@ -5,8 +5,6 @@ import os
 import pytest
 from written_runs import VERSIONS, write_run
 
-from mtrl_imgrad.config import to_dict
-from mtrl_imgrad.report import groups
 from mtrl_imgrad.report.groups import select
 from mtrl_imgrad.run_folder import read_run_folder
 
@@ -52,10 +50,17 @@ def test_groups_of_one_name_are_told_apart_by_the_fields_that_differ(tmp_path):
     assert list(selection.other_differences) == ["sac.gamma"]
 
 
-def test_a_baseline_is_named_by_its_algorithm_and_its_aggregator_does_not_matter(tmp_path, monkeypatch):
-    runs = [write_run(tmp_path / name, "--aggregator", name, seed=i) for i, name in enumerate(("mean", "cagrad"))]
-    monkeypatch.setattr(groups, "to_dict", lambda config: to_dict(config) | {"algorithm": "sb3-sac"})
-    assert _labels(_select(*runs)) == {"sb3-sac": [0, 1]}
+def test_a_baseline_is_named_by_its_algorithm_and_what_it_does_not_read_does_not_matter(tmp_path):
+    """Overlays say what the baseline ignores; only what it reads can make another group."""
+    (tmp_path / "other.yaml").write_text("sac: {gamma: 0.5}\nnetwork: {width: 8}\naggregator: {name: mean}\n")
+    ours = write_run(tmp_path / "ours")
+    plain = write_run(tmp_path / "a", "--algorithm", "sb3-sac", seed=1)
+    other = write_run(tmp_path / "b", "--config", str(tmp_path / "other.yaml"), "--algorithm", "sb3-sac", seed=2)
+    slower = write_run(tmp_path / "c", "--algorithm", "sb3-sac", "--sb3.gamma", "0.9", seed=1)
+    selection = _select(ours, plain, other)
+    assert _labels(selection) == {"imgrad": [1], "sb3-sac": [1, 2]}
+    assert selection.other_differences == {}
+    assert list(_labels(_select(plain, slower))) == ["sb3-sac sb3.gamma=0.9", "sb3-sac sb3.gamma=0.99"]
 
 
 @pytest.mark.parametrize(
