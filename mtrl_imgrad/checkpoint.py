@@ -31,7 +31,7 @@ from mtrl_imgrad.config import Config, from_dict, method_name, to_dict
 from mtrl_imgrad.files import FolderLock, write_whole
 from mtrl_imgrad.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 BEFORE_CONFIG = ("goals.json", "goals.json.tmp", "command.txt", "versions.json", "versions.json.tmp", "config.yaml.tmp")
 """What a process that was killed while it made a run folder may have left there, beside its lock."""
 PACKAGES = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "stable_baselines3")

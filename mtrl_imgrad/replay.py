@@ -110,11 +110,6 @@ class Replay:
         self.ended[at] = terminated | truncated
         self.written += 1
 
-    def cut_episodes(self) -> None:
-        """Let no window go beyond the newest transition: what is stored next belongs to other episodes."""
-        if self.written:
-            self.ended[(self.written - 1) % self.length] = True
-
     def draw(self, batch_per_task: int, generator: torch.Generator) -> Int[Tensor, "2 tasks rows"]:
         """Uniform starts (vector step counted from the oldest held, environment) for each task, independent between
         tasks."""

@@ -132,7 +132,7 @@ class Run:
         if envs_state:
             first, _ = self.envs.load_state_dict(envs_state)
         else:
-            first, _ = self.envs.reset(seed=config.seed + self.start if self.start else None)
+            first, _ = self.envs.reset()
         (self.observations,) = self.on_device(first)
         self.output = RunOutput(config, self.world, lock, self.start, self.learner.non_finite)
         self.folder, self.log = self.output.folder, self.output.log
@@ -205,17 +205,14 @@ class Run:
         }
 
     def save(self, step: int) -> None:
-        """Write a checkpoint. It resumes exactly where `envs.at_episode_start` holds; elsewhere (only when training
-        ends inside an episode) the running episodes are cut, and a resume begins new ones.
-        """
+        """Write a checkpoint, from which a resume gives the same numbers as going on."""
         parts = {
             name: part.state_dict()
             for name, part in self._saved().items()
             if name != "replay" or self.config.checkpoint.replay
         }
         sizes = {"observation_size": self.replay.observations.shape[-1], "action_size": self.learner.action_size}
-        envs_state = self.envs.state_dict() if self.envs.at_episode_start else None
-        save_checkpoint(self.folder, step, parts, {"tasks": self.tasks, "envs": envs_state} | sizes)
+        save_checkpoint(self.folder, step, parts, {"tasks": self.tasks, "envs": self.envs.state_dict()} | sizes)
 
     def _restore(self, folder: Path) -> dict[str, Any] | None:
         if not has_checkpoint(folder):  # it was stopped before its first one
@@ -231,8 +228,6 @@ class Run:
             # The rings are already on the device: a second copy there may not fit.
             part.load_state_dict(read_part(checkpoint, name, CPU if name == "replay" else self.device))
         self.start = state["step"]
-        if state["envs"] is None:
-            self.replay.cut_episodes()
         return state["envs"]
 
     def elapsed(self) -> float:

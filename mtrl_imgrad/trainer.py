@@ -53,7 +53,6 @@ def run_training(run: Run) -> Path:
     run.compile_update()
     sac, learner, replay, random = config.sac, run.learner, run.replay, run.generators
     watch = Stopwatch(run.start)
-    checkpoint_due = False
     steps = config.steps_from(run.start)
     for step in steps:
         # Act: uniformly at random during the warm-up, then with the policy
@@ -100,11 +99,9 @@ def run_training(run: Run) -> Path:
             run.log.row(step, values | times)
             run.log.tell_non_finite(learner.non_finite, run.tasks, sac.nan_policy)
 
-        # Save at the next moment when no episode is under way
-        checkpoint_due |= config.due(config.checkpoint.every, step)
-        if checkpoint_due and run.envs.at_episode_start:
+        # Save
+        if config.due(config.checkpoint.every, step):
             run.save(step)
-            checkpoint_due = False
 
     last = steps[-1] if steps else run.start
     run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start; {watch.shares()}")

@@ -16,7 +16,7 @@ import torch
 from checkpoints import load_checkpoint
 from stable_baselines3 import SAC
 from stable_baselines3.common.policies import BasePolicy
-from tiny_world import TinyVectorEnv, make_world, tiny_config, tiny_sac
+from tiny_world import PowerCutError, TinyVectorEnv, dying_world, make_world, tiny_config, tiny_sac
 
 import mtrl_imgrad
 from mtrl_imgrad import Config, train
@@ -238,25 +238,6 @@ def straight_and_resumed(request, tmp_path_factory) -> tuple[Path, Path]:
         make_world=make_world,
     )
 
-    class PowerCutError(Exception):
-        pass
-
-    class Dying(TinyVectorEnv):
-        def step(self, actions):
-            if self.steps_taken == 75:
-                raise PowerCutError
-            return super().step(actions)
-
-    def dying_world(config, description):
-        world = make_world(config, description)
-
-        def training(stream, tasks):
-            envs = world.training(stream, tasks)
-            envs.__class__ = Dying
-            return envs
-
-        return replace(world, training=training)
-
     cut = short_config(
         place / "parts",
         request.param,
@@ -265,8 +246,8 @@ def straight_and_resumed(request, tmp_path_factory) -> tuple[Path, Path]:
         **common,
     )
     with pytest.raises(PowerCutError):
-        train(cut, make_world=dying_world)
-    assert load_checkpoint(place / "parts", CPU)[0]["step"] == 120
+        train(cut, make_world=dying_world(76))
+    assert load_checkpoint(place / "parts", CPU)[0]["step"] == 116, "inside of an episode"
     return straight, train(cut, resume=place / "parts", make_world=make_world)
 
 
@@ -305,15 +286,15 @@ class TestResume:
         train(config, resume=tmp_path / "run", make_world=make_world)
         assert read_progress(tmp_path / "run") == read_progress(straight)
 
-    def test_a_run_that_ended_inside_an_episode_goes_on_with_new_episodes(self, tmp_path):
-        folder = train(
-            short_config(tmp_path / "run", "sb3-sac", sac=tiny_sac(steps=55, warmup=40)), make_world=make_world
-        )
-        train(short_config(folder, "sb3-sac", sac=tiny_sac(steps=75, warmup=40)), resume=folder, make_world=make_world)
-        replay = load_checkpoint(folder, CPU)[1]["replay"]
-        assert replay["0.observations"].shape[0] == 75
-        assert (replay["0.observations"][55, :, :2] == 0).all()
-        assert not torch.equal(replay["0.observations"][55], replay["0.observations"][0])
+    def test_a_longer_budget_goes_on_inside_the_episode_as_if_it_had_been_given_at_once(self, tmp_path):
+        short, long = (tiny_sac(steps=steps, warmup=40) for steps in (55, 75))
+        train(short_config(tmp_path / "parts", "sb3-sac", sac=short), make_world=make_world)
+        train(short_config(tmp_path / "parts", "sb3-sac", sac=long), resume=tmp_path / "parts", make_world=make_world)
+        train(short_config(tmp_path / "straight", "sb3-sac", sac=long), make_world=make_world)
+        straight, parts = (load_checkpoint(tmp_path / name, CPU)[1] for name in ("straight", "parts"))
+        for part in ("learner", "replay", "generators"):
+            for name, value in straight[part].items():
+                assert torch.equal(value, parts[part][name]), f"{part}/{name}"
 
     def test_only_the_filled_part_of_the_replay_is_saved_and_a_full_one_goes_on(self, tmp_path):
         """A buffer of 30 transitions per environment wraps; a resumed run overwrites the same ones."""
@@ -383,12 +364,11 @@ class TestCounting:
         # 2000 draws: the standard deviation of a bin's share is 0.007.
         assert histogram.tolist() == pytest.approx([0.1] * 10, abs=0.035)
 
-    def test_the_loop_stops_where_something_is_due_and_where_episodes_end(self):
-        config = short_config(
-            "", "sb3-sac", log=LogConfig(every=25), eval=EvalConfig(every=0), envs=EnvsConfig(horizon=40)
-        )
+    def test_the_loop_stops_where_something_is_due(self):
+        saving = CheckpointConfig(every=40)
+        config = short_config("", "sb3-sac", log=LogConfig(every=25), eval=EvalConfig(every=0), checkpoint=saving)
         assert chunk_ends(config, 0) == [25, 40, 50, 75, 80, 100, 120]
-        assert chunk_ends(config, 35) == [50, 75, 100, 115, 120]
+        assert chunk_ends(config, 35) == [40, 50, 75, 80, 100, 120]
         assert chunk_ends(config, 120) == []
 
 

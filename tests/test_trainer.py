@@ -105,16 +105,31 @@ class TestRepeatability:
         assert stripped == without
 
 
-@pytest.fixture(scope="module", params=[1, 3], ids=["one environment per task", "three environments per task"])
+RESUMES = {
+    "one environment per task, where episodes begin": (1, 120, False),
+    "one environment per task, inside of episodes": (1, 111, False),
+    "three environments per task, inside of episodes": (3, 111, False),
+    "pipelined, inside of episodes": (1, 117, True),
+}
+"""Environments per task, step of the checkpoint, pipelining."""
+
+
+@pytest.fixture(scope="module", params=RESUMES.values(), ids=list(RESUMES))
 def straight_and_resumed(request, tmp_path_factory) -> tuple[Path, Path]:
-    """A run of 240 steps, and one of 120 steps (an end of all episodes) that was resumed to 240."""
+    """A run of 240 steps, and one that died some steps after its checkpoint and was resumed."""
     place = tmp_path_factory.mktemp("resume")
-    envs = EnvsConfig(horizon=10, envs_per_task=request.param)
-    half, whole = (tiny_sac(steps=steps, warmup=40, batch_per_task=16) for steps in (120, 240))
-    straight = train(short_config(place / "straight", envs=envs, sac=whole), make_world=make_world)
-    parts = short_config(place / "parts", envs=envs, sac=half)
-    train(parts, make_world=make_world)
-    return straight, train(replace(parts, sac=whole), resume=place / "parts", make_world=make_world)
+    envs_per_task, saved, pipeline = request.param
+    common: dict[str, Any] = {
+        "envs": EnvsConfig(horizon=10, envs_per_task=envs_per_task, pipeline=pipeline),
+        "sac": tiny_sac(steps=240, warmup=39, batch_per_task=16, n_step=3),
+        "checkpoint": CheckpointConfig(every=saved),
+    }
+    straight = train(short_config(place / "straight", **common), make_world=make_world)
+    parts = short_config(place / "parts", **common)
+    with pytest.raises(PowerCutError):
+        train(parts, make_world=dying_world(saved // envs_per_task + 5))
+    assert load_checkpoint(place / "parts", CPU)[0]["step"] == saved
+    return straight, train(parts, resume=place / "parts", make_world=make_world)
 
 
 class TestResume:
@@ -133,32 +148,27 @@ class TestResume:
         assert straight == resumed
 
     def test_evaluations_are_the_same(self, straight_and_resumed, read_csv):
-        straight, resumed = (read_csv(folder / "eval_training.csv") for folder in straight_and_resumed)
-        assert {row["step"] for row in straight} >= {"120", "240"}
-        assert straight == resumed
-        final = [
-            [row for row in read_csv(folder / "eval.csv") if row["step"] == "240"] for folder in straight_and_resumed
-        ]
-        assert len(final[0]) == TASKS * 10
-        assert final[0] == final[1]
+        straight, resumed = straight_and_resumed
+        assert {row["step"] for row in read_csv(straight / "eval_training.csv")} >= {"120", "240"}
+        assert len(read_csv(straight / "eval.csv")) == TASKS * 10
+        for name in ("eval_training.csv", "eval.csv"):
+            assert (resumed / name).read_bytes() == (straight / name).read_bytes()
 
     def test_the_run_folder_is_that_of_the_first_part(self, straight_and_resumed):
         _, resumed = straight_and_resumed
         assert len((resumed / "command.txt").read_text().splitlines()) == 2
         assert (resumed / "goals.json").read_text() == '{"world": "tiny", "made": 1}'
 
-    def test_a_run_that_ended_inside_an_episode_goes_on_with_new_episodes(self, tmp_path):
-        """Its last transition ends a window, and the goals are not those of the start again."""
-        folder = train(
-            short_config(tmp_path / "run", sac=tiny_sac(steps=55, warmup=40, n_step=3)), make_world=make_world
-        )
-        assert not replay_of(folder)["ended"][54].any()
-        longer = short_config(folder, sac=tiny_sac(steps=75, warmup=40, n_step=3))
-        train(longer, resume=folder, make_world=make_world)
-        replay = replay_of(folder)
-        assert replay["ended"][54].all()
-        assert not replay["terminated"][54].any()
-        assert not torch.equal(replay["observations"][55], replay["observations"][0])
+    def test_a_longer_budget_goes_on_inside_the_episode_as_if_it_had_been_given_at_once(self, tmp_path):
+        short, long = (tiny_sac(steps=steps, warmup=40, n_step=3) for steps in (55, 75))
+        train(short_config(tmp_path / "parts", sac=short), make_world=make_world)
+        train(short_config(tmp_path / "parts", sac=long), resume=tmp_path / "parts", make_world=make_world)
+        train(short_config(tmp_path / "straight", sac=long), make_world=make_world)
+        (state, straight), (other_state, parts) = (load_checkpoint(tmp_path / x, CPU) for x in ("straight", "parts"))
+        assert state == other_state
+        for part in ("learner", "replay", "generators", "rewards"):
+            for name, value in straight[part].items():
+                assert torch.equal(value, parts[part][name]), f"{part}/{name}"
 
     def test_an_interrupted_run_loses_nothing_but_what_followed_its_checkpoint(self, tmp_path, read_progress):
         """The process dies at step 110; the newest checkpoint, of step 90, lies between two log rows."""

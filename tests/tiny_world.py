@@ -18,6 +18,7 @@ from gymnasium.vector.utils import batch_space
 
 from mtrl_imgrad.config import BenchmarkConfig, Config, EnvsConfig, EvalConfig, LogConfig, NetworkConfig, SacConfig
 from mtrl_imgrad.envs import GoalSchedule
+from mtrl_imgrad.envs.episode_script import EpisodeScript, actions_of
 from mtrl_imgrad.world import MakeWorld, World
 
 SPEED = 0.2
@@ -66,6 +67,7 @@ class TinyVectorEnv(VectorEnv):
         angles = np.repeat(directions if directions is not None else circle(len(tasks)), envs_per_task)
         self.directions = np.stack([np.cos(angles), np.sin(angles)], axis=1)
         self.schedule = GoalSchedule(len(tasks), envs_per_task, num_goals, "spawn", seed)
+        self.script = EpisodeScript()
         self.position = np.zeros((self.num_envs, 2))
         self.goal = np.zeros(self.num_envs, np.int64)
         self.success = np.zeros(self.num_envs, bool)
@@ -73,10 +75,6 @@ class TinyVectorEnv(VectorEnv):
         self.episode_length = np.zeros(self.num_envs, np.int64)
         self.steps_taken = 0
         """Simulator steps of each row since construction."""
-
-    @property
-    def at_episode_start(self) -> bool:
-        return not self.episode_length.any()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -91,6 +89,7 @@ class TinyVectorEnv(VectorEnv):
         return self._observe(), {"goal": self.goal.copy()}
 
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+        self.script.add(np.asarray(actions, np.float32))
         rewards = np.zeros(self.num_envs)
         for _ in range(min(self.action_repeat, self.horizon - int(self.episode_length[0]))):
             self.position = np.clip(self.position + SPEED * np.clip(actions, -1, 1), -1.5, 1.5)
@@ -121,13 +120,15 @@ class TinyVectorEnv(VectorEnv):
         return self.step(self.actions)
 
     def state_dict(self) -> dict[str, Any]:
-        assert self.at_episode_start
-        return {"goal": self.goal.tolist(), "schedule": self.schedule.state_dict()}
+        return self.script.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> tuple[np.ndarray, dict[str, Any]]:
         self._start(np.arange(self.num_envs))
-        self.schedule.load_state_dict(state["schedule"])
-        self.goal[:] = state["goal"]
+        self.schedule.load_state_dict(state["start"]["schedule"])
+        self.goal[:] = state["start"]["goal"]
+        self.script.begin(state["start"])
+        for actions in actions_of(state, self.num_envs):
+            self.step(actions)
         return self._observe(), {"goal": self.goal.copy()}
 
     def _start(self, rows: np.ndarray) -> None:
@@ -137,6 +138,8 @@ class TinyVectorEnv(VectorEnv):
         self.success[rows] = False
         self.episode_return[rows] = 0.0
         self.episode_length[rows] = 0
+        if len(rows):  # all rows begin together
+            self.script.begin({"goal": self.goal.tolist(), "schedule": self.schedule.state_dict()})
 
     def _observe(self) -> np.ndarray:
         return np.column_stack([self.position, GOAL_DISTANCES[self.goal]]).astype(np.float32)
@@ -171,7 +174,7 @@ class PowerCutError(Exception):
 
 
 def dying_world(step: int) -> MakeWorld:
-    """A tiny world, of one environment per task, in which the process dies when it takes this step."""
+    """A tiny world in which the process dies when a row takes this simulator step."""
 
     class Dying(TinyVectorEnv):
         def step(self, actions: np.ndarray) -> Any:
@@ -181,8 +184,13 @@ def dying_world(step: int) -> MakeWorld:
 
     def make(config: Config, description: dict[str, Any] | None) -> World:
         world = make_world(config, description)
-        horizon = config.envs.horizon
-        return replace(world, training=lambda stream, tasks: Dying(tasks, world.goals, stream, horizon=horizon))
+
+        def training(stream: np.random.SeedSequence, tasks: tuple[str, ...]) -> VectorEnv:
+            envs = world.training(stream, tasks)
+            envs.__class__ = Dying
+            return envs
+
+        return replace(world, training=training)
 
     return make
 

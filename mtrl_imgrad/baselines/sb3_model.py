@@ -194,7 +194,7 @@ class Sb3Model:
             getattr(self._buffer(), name)[: len(state[name])] = state[name].numpy()
 
     def counters(self) -> dict[str, Any]:
-        """Everything that is not a tensor, as JSON keeps it; the environments are part of it where episodes begin."""
+        """Everything that is not a tensor, as JSON keeps it."""
         buffer = self._buffer()
         return {
             "timesteps": self.sac.num_timesteps,
@@ -203,21 +203,18 @@ class Sb3Model:
             "full": buffer.full,
             "action_space": self.envs.action_space.np_random.bit_generator.state,
             "losses": {"count": self.losses.count, "sums": dict(self.losses.sums)},
-            "envs": self.envs.state_dict() if self.envs.at_episode_start else None,
+            "envs": self.envs.state_dict(),
         }
 
     def load_counters(self, state: dict[str, Any]) -> None:
-        """Take back what `counters` gave. Where the environments are not part of it, new episodes begin."""
+        """Take back what `counters` gave."""
         buffer = self._buffer()
         self.sac.num_timesteps, self.sac._n_updates = state["timesteps"], state["updates"]
         buffer.pos, buffer.full = state["position"], state["full"]
         self.envs.action_space.np_random.bit_generator.state = state["action_space"]
         self.losses.count = state["losses"]["count"]
         self.losses.sums.update(state["losses"]["sums"])
-        if state["envs"]:
-            self.sac._last_obs = self.envs.load_state_dict(state["envs"])
-        else:
-            self.envs.seed(self.seed + state["timesteps"])
+        self.sac._last_obs = self.envs.load_state_dict(state["envs"])
 
     def _buffer(self) -> Any:
         return self.sac.replay_buffer

@@ -167,15 +167,8 @@ class Sb3Run:
         ):
             self.log.print(line)
 
-    @property
-    def at_episode_start(self) -> bool:
-        """Whether no episode is under way in any environment."""
-        return all(model.envs.at_episode_start for model in self.models)
-
     def save(self, step: int) -> None:
-        """Write a checkpoint. It resumes exactly where `at_episode_start` holds; elsewhere (only when training ends
-        inside an episode) a resume begins new ones.
-        """
+        """Write a checkpoint, from which a resume gives the same numbers as going on."""
         parts = {
             "learner": [model.networks() for model in self.models],
             "generators": [model.streams.state_dict() for model in self.models],

@@ -10,18 +10,12 @@ from mtrl_imgrad.logs import Stopwatch
 
 
 def chunk_ends(config: Config, start: int) -> list[int]:
-    """The steps at which SB3's loop is interrupted: where a report is due, and where episodes end.
-
-    Episodes begin together at `start` and only the horizon ends them; were it otherwise, checkpoints would wait longer.
-    """
-    episode = -(-config.envs.horizon // config.envs.action_repeat) * config.vector_step
+    """The steps at which SB3's loop is interrupted: where an evaluation, a report or a checkpoint is due."""
     steps = config.steps_from(start)
     return [
         step
         for step in steps
-        if config.due(config.log.every, step)
-        or config.due(config.eval.every, step)
-        or (step - start) % episode == 0
+        if any(config.due(every, step) for every in (config.log.every, config.eval.every, config.checkpoint.every))
         or step == steps[-1]
     ]
 
@@ -31,7 +25,6 @@ def run_sb3_training(run: Sb3Run) -> Path:
     config = run.config
     run.announce()
     watch = Stopwatch(run.start)
-    checkpoint_due = False
     before, ends = run.start, chunk_ends(config, run.start)
     for step in ends:
         run.learn((step - before) // config.vector_step, watch)
@@ -56,12 +49,9 @@ def run_sb3_training(run: Sb3Run) -> Path:
                     run.log.tensorboard.evaluation(step, run.tasks, values, {}, run.parameters())
             run.log.row(step, values | watch.pop(step, len(run.tasks)))
 
-        # Save at the next moment when no episode is under way
-        every = config.checkpoint.every
-        checkpoint_due |= every > 0 and step // every > before // every
-        if checkpoint_due and run.at_episode_start:
+        # Save
+        if config.due(config.checkpoint.every, step):
             run.save(step)
-            checkpoint_due = False
         before = step
 
     run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start; {watch.shares()}")

@@ -120,17 +120,12 @@ class MtVecEnv(VecEnv):
                 }
         return self._with_task(observations), rewards.astype(np.float32), done, row_infos
 
-    @property
-    def at_episode_start(self) -> bool:
-        """As `MetaworldVectorEnv.at_episode_start`."""
-        return self.envs.at_episode_start
-
     def state_dict(self) -> dict[str, Any]:
         """As `MetaworldVectorEnv.state_dict`."""
         return self.envs.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> Observations:
-        """Go to the episode start at which `state_dict` was taken, and return what `reset` returned there."""
+        """Go to the moment at which `state_dict` was taken, and return its observations."""
         observations, infos = self.envs.load_state_dict(state)
         self.reset_infos = [{"goal": goal} for goal in infos["goal"].tolist()]
         return self._with_task(observations)

@@ -21,6 +21,7 @@ from jaxtyping import Bool, Float32, Float64, UInt8
 from mtrl_imgrad.envs import channel as messages
 from mtrl_imgrad.envs.chunk import MetaworldRows, RowMaker, RowSettings, chunk_specs
 from mtrl_imgrad.envs.dealing import deal, default_workers
+from mtrl_imgrad.envs.episode_script import EpisodeScript, actions_of
 from mtrl_imgrad.envs.goal_schedule import GoalSchedule, Seeding
 from mtrl_imgrad.envs.goals import Goals
 from mtrl_imgrad.envs.task_env import RewardVersion
@@ -168,6 +169,7 @@ class MetaworldVectorEnv(VectorEnv):
         self._success = np.zeros(self.num_envs, np.bool_)
         self._episode_return = np.zeros(self.num_envs, np.float64)
         self._length = 0  # of the episodes of all rows, in simulator steps: they begin and end together
+        self._script = EpisodeScript()
         self._pool = share._pool if share else _make_pool(self.task_names, workers, maker)
         settings = RowSettings(horizon, reward, action_repeat, fast, self_check)
         specs = chunk_specs(self._pool.dealt, self.task_names, goals, envs_per_task, settings)
@@ -221,6 +223,7 @@ class MetaworldVectorEnv(VectorEnv):
         if actions.shape != (self.num_envs, 4):
             raise ValueError(f"actions: shape {actions.shape} is not {(self.num_envs, 4)}")
         self._block.actions[:] = actions
+        self._script.add(actions)
         self._length = min(self._length + self._action_repeat, self._horizon)
         # The horizon alone ends episodes, so it is known now whether the rows will need other goals.
         self._block.next_goals[:] = self._next_goals() if self._length == self._horizon else -1
@@ -260,28 +263,20 @@ class MetaworldVectorEnv(VectorEnv):
         self.step_async(actions)
         return self.step_wait()
 
-    @property
-    def at_episode_start(self) -> bool:
-        """Whether every row was reset and none stepped since: the only moment at which `state_dict` is valid."""
-        return self._started and not self._stepping and self._length == 0
-
     def state_dict(self) -> dict[str, Any]:
-        """All that the episodes to come depend on, as integers, lists and strings, which JSON keeps exactly.
+        """All that the rest of these episodes and those to come depend on, as integers, lists and strings, which JSON
+        keeps exactly.
 
         Raises:
-            RuntimeError: not `at_episode_start`. The simulators' state inside an episode is not part of it.
+            RuntimeError: before the first `reset`, or while a step is under way.
         """
-        if not self.at_episode_start:
-            raise RuntimeError("state_dict is valid only right after all rows were reset (see at_episode_start)")
-        return {
-            "tasks": list(self.task_names),
-            "envs_per_task": self.envs_per_task,
-            "goal": self._goal.tolist(),
-            "schedule": self._schedule.state_dict(),
-        }
+        if self._stepping or not self._started:
+            raise RuntimeError("state_dict is valid after reset, and between two steps only")
+        return {"tasks": list(self.task_names), "envs_per_task": self.envs_per_task} | self._script.state_dict()
 
     def load_state_dict(self, state: dict[str, Any]) -> tuple[Observations, dict[str, Any]]:
-        """Go to the episode start at which `state_dict` was taken, and return what `reset` returned there.
+        """Go to the moment at which `state_dict` was taken: the rows are reset to where their episodes began and
+        stepped with the same actions. Returns the observations of that moment, and the infos of `reset`.
 
         Raises:
             ValueError: the state is that of other tasks or of another number of environments.
@@ -290,8 +285,11 @@ class MetaworldVectorEnv(VectorEnv):
         for name, own in (("tasks", list(self.task_names)), ("envs_per_task", self.envs_per_task)):
             if state[name] != own:
                 raise ValueError(f"{name}: the state has {state[name]}, this env has {own}")
-        self._schedule.load_state_dict(state["schedule"])
-        return self._start_all(state["goal"])
+        self._schedule.load_state_dict(state["start"]["schedule"])
+        observations, infos = self._start_all(state["start"]["goal"])
+        for actions in actions_of(state, self.num_envs):
+            observations = self.step(actions)[0]
+        return observations, infos
 
     def render(self) -> tuple[UInt8[np.ndarray, "height width rgb=3"], ...]:
         """A picture of every row. `render_row` draws a single one; both raise what it raises."""
@@ -341,6 +339,7 @@ class MetaworldVectorEnv(VectorEnv):
         self._success.fill(False)
         self._episode_return.fill(0.0)
         self._length = 0
+        self._script.begin({"goal": self._goal.tolist(), "schedule": self._schedule.state_dict()})
         return self._block.first_observations.copy()
 
     @contextlib.contextmanager

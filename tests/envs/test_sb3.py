@@ -148,20 +148,19 @@ def test_options_choose_the_next_goals_once(make_vec_env, options):
     assert played == [[4, 4]] * HORIZON + [[1, 1]]
 
 
-def test_it_goes_back_to_the_episode_start_of_a_state(make_vec_env):
+@pytest.mark.parametrize("moment", [HORIZON, HORIZON + 1], ids=["where episodes begin", "inside of episodes"])
+def test_it_goes_back_to_the_moment_of_a_state(make_vec_env, moment):
     first, second = make_vec_env(task_one_hot=True), make_vec_env(task_one_hot=True)
     first.reset()
     actions = random_actions(2 * HORIZON, 2)
-    for action in actions[:HORIZON]:
-        first.step(action)
-    assert first.at_episode_start
+    for action in actions[:moment]:
+        reached = first.step(action)[0]
     state = json.loads(json.dumps(first.state_dict()))
-    later = [first.step(action)[:2] for action in actions[HORIZON:]]
+    later = [first.step(action)[:2] for action in actions[moment:]]
     begun = second.load_state_dict(state)
-    assert second.at_episode_start
-    assert begun.shape == (2, 39 + 2)
-    assert second.reset_infos == [{"goal": goal} for goal in state["goal"]]
-    for action, (observations, rewards) in zip(actions[HORIZON:], later, strict=True):
+    np.testing.assert_array_equal(begun, reached)
+    assert second.reset_infos == [{"goal": goal} for goal in state["start"]["goal"]]
+    for action, (observations, rewards) in zip(actions[moment:], later, strict=True):
         found = second.step(action)
         np.testing.assert_array_equal(found[0], observations)
         np.testing.assert_array_equal(found[1], rewards)

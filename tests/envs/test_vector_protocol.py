@@ -128,21 +128,19 @@ def test_returned_arrays_and_given_actions_are_not_shared(make_env):
     assert not (infos["final_obs"] == -1.0).any()
 
 
-def test_state_is_refused_inside_an_episode(make_env):
+def test_state_is_refused_before_the_first_reset_and_inside_a_step(make_env):
     env = make_env(horizon=2)
-    assert not env.at_episode_start
-    with pytest.raises(RuntimeError, match="at_episode_start"):
+    with pytest.raises(RuntimeError, match="state_dict is valid after reset"):
         env.state_dict()
     env.reset()
-    assert env.at_episode_start
-    env.step_async(ones(env))
-    assert not env.at_episode_start
-    env.step_wait()
-    with pytest.raises(RuntimeError, match="at_episode_start"):
-        env.state_dict()
-    env.step(ones(env))
-    assert env.at_episode_start
     env.state_dict()
+    env.step_async(ones(env))
+    with pytest.raises(RuntimeError, match="between two steps"):
+        env.state_dict()
+    env.step_wait()
+    assert len(env.state_dict()["actions"]) == 1
+    env.step(ones(env))
+    assert env.state_dict()["actions"] == [], "the next episode has begun"
 
 
 @pytest.mark.parametrize("field", ["tasks", "envs_per_task"])
