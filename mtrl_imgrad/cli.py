@@ -9,6 +9,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from mtrl_imgrad.bench.command import command_bench
 from mtrl_imgrad.comparison.command import command_compare
 from mtrl_imgrad.config import to_dict
 from mtrl_imgrad.envs.worker_pool import WorkerError
+from mtrl_imgrad.interruption import Stopped
 from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.overlays import configs_folder, parse_config, refuse_changes, take_options
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
@@ -29,7 +31,8 @@ from mtrl_imgrad.record import command_record
 from mtrl_imgrad.report.command import command_report
 
 
-def command_train(arguments: Sequence[str]) -> None:
+def command_train(arguments: Sequence[str]) -> int:
+    """Returns the exit code: 130 or 143 where SIGINT or SIGTERM ended it."""
     from mtrl_imgrad.checkpoint import read_config
     from mtrl_imgrad.trainer import open_run
 
@@ -44,8 +47,13 @@ def command_train(arguments: Sequence[str]) -> None:
         refuse_changes(base, to_dict(config))
     with told_as_user_errors():
         run, loop = open_run(config, resume, started=psutil.Process().create_time())
-    with run:
-        loop(run)
+    with run, run.interruption.by_signals():
+        try:
+            loop(run)
+        except Stopped as stop:
+            print(f"{PROGRAM}: stopped; go on with --resume {shlex.quote(str(run.folder))}", file=sys.stderr)
+            return 128 + stop.number
+    return 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,9 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(f"{command!r} is no command; the nearest is {near!r}.\nSee `{PROGRAM} --help`.")
         return COMMANDS[command](rest) or 0
     except KeyboardInterrupt:
-        print(
-            f"{PROGRAM}: interrupted; a training run goes on from its newest checkpoint with --resume", file=sys.stderr
-        )
+        print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
     except UserError as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)

@@ -20,6 +20,7 @@ from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_part,
 from mtrl_imgrad.config import Config, aggregator_name
 from mtrl_imgrad.evaluation import Evaluator
 from mtrl_imgrad.files import FolderLock
+from mtrl_imgrad.interruption import Interruption
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.logs import EpisodeStatistics
 from mtrl_imgrad.replay import Replay
@@ -124,6 +125,7 @@ class Run:
         self.normalizer = RewardNormalizer(
             len(self.tasks), EMA_RATE if config.envs.reward_normalization == "ema" else 0.0
         )
+        self.interruption = Interruption()
         self.averages, self.cosines = Averages(), Averages()  # since the last log row; since the last evaluation
         self.episodes = EpisodeStatistics(len(self.tasks))
 

@@ -54,6 +54,7 @@ def run_training(run: Run) -> Path:
     sac, learner, replay, random = config.sac, run.learner, run.replay, run.generators
     watch = Stopwatch(run.start)
     steps = config.steps_from(run.start)
+    run.interruption.nothing_to_lose = False
     for step in steps:
         # Act: uniformly at random during the warm-up, then with the policy
         shape = (*run.rows, learner.action_size)
@@ -100,12 +101,15 @@ def run_training(run: Run) -> Path:
             run.log.tell_non_finite(learner.non_finite, run.tasks, sac.nan_policy)
 
         # Save
-        if config.due(config.checkpoint.every, step):
+        if config.due(config.checkpoint.every, step) or run.interruption.number:
             run.save(step)
+            run.interruption.end_if_asked()
 
     last = steps[-1] if steps else run.start
     run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start; {watch.shares()}")
     run.save(last)
+    run.interruption.nothing_to_lose = True
+    run.interruption.end_if_asked()
     if config.eval.final:
         tags, text = run.evaluator.final(run.act, last)
         run.output.describe(last, tags)

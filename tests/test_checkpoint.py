@@ -58,7 +58,7 @@ class TestSaveAndLoad:
         }
         save_checkpoint(tmp_path, 10, parts, {"tasks": ["a", "b"], "envs": {"big": 2**100, "none": None}})
         state, loaded = load_checkpoint(tmp_path, CPU)
-        assert state == {"format": 1, "step": 10, "tasks": ["a", "b"], "envs": {"big": 2**100, "none": None}}
+        assert state == {"format": 2, "step": 10, "tasks": ["a", "b"], "envs": {"big": 2**100, "none": None}}
         assert set(loaded) == {"learner"}
         for name, tensor in parts["learner"].items():
             assert loaded["learner"][name].dtype == tensor.dtype
@@ -197,7 +197,7 @@ class TestRunFolder:
         save(tmp_path, 10, 1.0)
         path = tmp_path / "checkpoints" / "0000000010" / "state.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | {"format": 0}))
-        with pytest.raises(ValueError, match=r"format 0; this version reads 1"):
+        with pytest.raises(ValueError, match=r"format 0; this version reads 2"):
             load_checkpoint(tmp_path, CPU)
 
     @pytest.mark.parametrize("name", ["state.json", "learner.safetensors"])

@@ -319,9 +319,7 @@ def test_an_interrupt_ends_with_one_line(capsys, monkeypatch):
     monkeypatch.setitem(cli.COMMANDS, "train", interrupt)
     assert main(["train"]) == 130
     said = capsys.readouterr().err
-    assert said.startswith("mtrl-imgrad: interrupted")
-    assert "--resume" in said
-    assert len(said.splitlines()) == 1
+    assert said == "mtrl-imgrad: interrupted\n"
 
 
 class TestForms:

@@ -17,7 +17,7 @@ DONE = {"reach-v3": 7, "push-v3": 4}
 def _checkpoint(folder, step):
     place = folder / "checkpoints" / f"{step:010d}"
     place.mkdir(parents=True)
-    (place / "state.json").write_text(json.dumps({"format": 1, "step": step}))
+    (place / "state.json").write_text(json.dumps({"format": 2, "step": step}))
 
 
 def test_folders_are_found_up_to_two_levels_down_and_once(tmp_path):

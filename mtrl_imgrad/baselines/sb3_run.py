@@ -33,6 +33,7 @@ from mtrl_imgrad.config import Config, unused_fields
 from mtrl_imgrad.envs.sb3 import MtVecEnv
 from mtrl_imgrad.evaluation import Evaluator
 from mtrl_imgrad.files import FolderLock
+from mtrl_imgrad.interruption import Interruption
 from mtrl_imgrad.logs import EpisodeStatistics, Stopwatch
 from mtrl_imgrad.rewards import RewardNormalizer
 from mtrl_imgrad.run import CPU, EMA_RATE, STREAMS, choose_device
@@ -60,6 +61,7 @@ class Sb3Run:
         self.world = make_world(config, json.loads((resume / "goals.json").read_text()) if resume else None)
         self.tasks = self.world.tasks
         self.models = self._make_models(make_world)
+        self.interruption = Interruption()
         self.policies = Sb3Policies([model.sac.policy for model in self.models], len(self.tasks), sees_task(config))
         self.episodes = EpisodeStatistics(len(self.tasks))
 

@@ -26,6 +26,7 @@ def run_sb3_training(run: Sb3Run) -> Path:
     run.announce()
     watch = Stopwatch(run.start)
     before, ends = run.start, chunk_ends(config, run.start)
+    run.interruption.nothing_to_lose = False
     for step in ends:
         run.learn((step - before) // config.vector_step, watch)
 
@@ -50,12 +51,15 @@ def run_sb3_training(run: Sb3Run) -> Path:
             run.log.row(step, values | watch.pop(step, len(run.tasks)))
 
         # Save
-        if config.due(config.checkpoint.every, step):
+        if config.due(config.checkpoint.every, step) or run.interruption.number:
             run.save(step)
+            run.interruption.end_if_asked()
         before = step
 
     run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start; {watch.shares()}")
     run.save(before)
+    run.interruption.nothing_to_lose = True
+    run.interruption.end_if_asked()
     if config.eval.final:
         tags, text = run.evaluator.final(run.act, before)
         run.output.describe(before, tags)
