@@ -234,8 +234,7 @@ class CheckpointConfig:
     """Checkpoints."""
 
     every: int = 50_000
-    """Steps per task between checkpoints, each taken at the next moment when all episodes end; 0 saves at the end
-    only."""
+    """Steps per task between checkpoints; 0 saves at the end only, and when SIGINT or SIGTERM ends the run."""
     replay: bool = True
     """Save the replay too, so that `--resume` goes on exactly; without it only evaluation is possible from a
     checkpoint."""
