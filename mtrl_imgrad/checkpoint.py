@@ -3,8 +3,8 @@
     runs/<name>/config.yaml command.txt versions.json goals.json progress.csv eval.csv tensorboard/ checkpoints/<step>/
 
 A checkpoint may be taken at any step, and a resumed run gives the same numbers as one that was never stopped: instead
-of the simulators' state it holds where the running episodes began and the actions since (`envs.episode_script`). It is written beside its place and renamed, and the previous one is removed
-afterwards.
+of the simulators' state it holds where the running episodes began and the actions since (`envs.episode_script`). It is
+written beside its place and renamed, and the previous one is removed afterwards.
 """
 
 from __future__ import annotations
