@@ -146,19 +146,22 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     return own, flags
 
 
-def tell_estimate(runs: Sequence[PlannedRun], jobs: int, divided: Sequence[str]) -> None:
-    """The runs, what has been done of them, and about how long the rest will take."""
+def tell_estimate(runs: Sequence[PlannedRun], at_once: int, divided: Sequence[str]) -> None:
+    """The runs, what has been done of them, and about how long the rest will take: one run of each algorithm is
+    measured, as aggregators differ little."""
     states = {run.name: run.state() for run in runs}
     left = [run for run in runs if states[run.name] != "finished"]
-    cost = measure(left[0], jobs, divided) if left else None
-    seconds = {run.name: cost.seconds(run, run.step()) for run in left if cost}
+    first = {run.config.algorithm: run for run in reversed(left)}
+    costs = {algorithm: measure(run, at_once, divided) for algorithm, run in first.items()}
+    seconds = {run.name: costs[run.config.algorithm].seconds(run, run.step()) for run in left}
     width = max(len(run.name) for run in runs)
     for run in runs:
         minutes = f"{seconds[run.name] / 60:7.1f} min" if run.name in seconds else ""
         print(f"{run.name:<{width}}  {states[run.name]:<11}  {minutes}".rstrip())
-    if cost:
-        total = sum(seconds.values()) / jobs
+    for algorithm, cost in costs.items():
         print(
-            f"about {total / 3600:.1f} hours ({jobs} at once), measured with {left[0].method}: "
-            f"start {cost.start:.0f} s, vector step {1000 * cost.step:.1f} ms, update {1000 * cost.update:.1f} ms"
+            f"measured with {first[algorithm].method}: start {cost.start:.0f} s, "
+            f"vector step {1000 * cost.step:.1f} ms, update {1000 * cost.update:.1f} ms"
         )
+    if left:
+        print(f"about {sum(seconds.values()) / at_once / 3600:.1f} hours, {at_once} at once")

@@ -312,6 +312,30 @@ class TestCommand:
         assert len(said.splitlines()) <= 2
         assert list(tmp_path.iterdir()) == []
 
+    def test_a_dry_run_measures_each_algorithm_once_and_touches_nothing(self, tmp_path, monkeypatch, capsys):
+        """60 decisions at 0.1 s and 4 evaluations; 40 updates at 1 s (ours) and 2 s (the baseline's)."""
+        costs = {"mtsac": Cost(start=5.0, step=0.1, update=1.0), "sb3-sac": Cost(start=5.0, step=0.1, update=2.0)}
+        measured = []
+
+        def measure(run, copies, divided):
+            measured.append(run.name)
+            return costs[run.config.algorithm]
+
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setattr("mtrl_imgrad.comparison.command.measure", measure)
+        command = ["compare", *TINY, "--aggregators", "mean", "imgrad", "sb3-sac", "--seeds", "2", "--dry-run"]
+        assert main(command) == 0
+        assert measured == ["sb3-sac-s1", "mean-s1"] or measured == ["mean-s1", "sb3-sac-s1"]
+        lines = capsys.readouterr().out.splitlines()
+        ours, theirs = 5 + 6 + 40 + 10, 5 + 6 + 80 + 10
+        assert [line.split() for line in lines[:3]] == [
+            ["mean-s1", "to", "do", f"{ours / 60:.1f}", "min"],
+            ["imgrad-s1", "to", "do", f"{ours / 60:.1f}", "min"],
+            ["sb3-sac-s1", "to", "do", f"{theirs / 60:.1f}", "min"],
+        ]
+        assert lines[-1] == f"about {(4 * ours + 2 * theirs) / 3600:.1f} hours, 1 at once"
+        assert list(tmp_path.iterdir()) == []
+
     def test_it_ends_with_0_then_does_nothing_and_names_what_failed_with_1(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
         tiny_start = functools.partial(start_here, program=PROGRAM)
