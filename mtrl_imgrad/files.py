@@ -19,16 +19,20 @@ def write_whole(path: Path, text: str) -> None:
 class FolderLock:
     """Holds a folder for this process, by the kernel's lock on its file `lock`; whoever dies lets go.
 
+    Args:
+        folder: which.
+        field: what an error calls it.
+
     Raises:
         ValueError: another process holds it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, field: str = "run") -> None:
         self.folder = folder
         descriptor = _locked(folder)
         if descriptor is None:
             holder = (folder / "lock").read_text().strip() or "unknown"
-            raise ValueError(f"run: {folder} is in use by another process ({holder}).")
+            raise ValueError(f"{field}: {folder} is in use by another process ({holder}).")
         self.release = weakref.finalize(self, os.close, descriptor)
         """Let go. The file stays: whoever removed it could remove another process's lock."""
         os.truncate(descriptor, 0)

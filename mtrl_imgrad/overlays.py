@@ -122,16 +122,15 @@ def take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[t
     return taken, rest
 
 
-def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -> Config:
-    """A configuration from overlays and flags.
+def merged_overlays(arguments: Sequence[str], base: dict[str, Any] | None = None) -> tuple[dict[str, Any], list[str]]:
+    """The overlays of a command line as one, and its other flags.
 
     Args:
         arguments: the command line after `train`.
         base: an overlay below all others.
 
     Raises:
-        UserError: something in them is not allowed, or a flag names a field that the algorithm does not use.
-        SystemExit: `--help` was asked for and printed.
+        UserError: an overlay cannot be read.
     """
     taken, flags = take_options(arguments, ("config", "benchmark", "aggregator"))
     flags = ["--log.wandb=True" if flag == "--wandb" else flag for flag in flags]
@@ -144,6 +143,21 @@ def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -
         elif value != overlay.get("aggregator", {}).get("name"):  # naming the chosen one again changes nothing
             shipped = value in AGGREGATORS and (configs_folder() / f"{value}.yaml").is_file()
             overlay = merge(overlay, read_overlay(value) if shipped else {"aggregator": {"name": value}})
+    return overlay, flags
+
+
+def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -> Config:
+    """A configuration from overlays and flags.
+
+    Args:
+        arguments: the command line after `train`.
+        base: an overlay below all others.
+
+    Raises:
+        UserError: something in them is not allowed, or a flag names a field that the algorithm does not use.
+        SystemExit: `--help` was asked for and printed.
+    """
+    overlay, flags = merged_overlays(arguments, base)
     fields = dict(overlay.get("aggregator", {}))
     with told_as_user_errors():
         rule = resolve(str(fields.pop("name", "imgrad")))
@@ -154,7 +168,7 @@ def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -
     _refuse_unknown(tokens, field_names(typed))
     words = [re.sub(r"^(--[^=]+=)?(true|false)$", lambda m: f"{m[1] or ''}{m[2].title()}", token) for token in tokens]
     config: Config = parse(typed, words, "train", TRAIN_HELP)
-    named = [f"--{name}" for name, _ in taken if name == "aggregator"]
+    named = [f"--{name}" for name, _ in take_options(arguments, ("aggregator",))[0]]
     _refuse_unused([*named, *flags], config.algorithm)
     return config
 

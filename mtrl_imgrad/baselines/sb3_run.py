@@ -90,7 +90,7 @@ class Sb3Run:
         of_envs = [streams["envs"]]
         if count > 1:
             # The environments of one task step alone, where a worker would save no time.
-            own_process = replace(config, envs=replace(config.envs, workers=config.envs.workers or 0))
+            own_process = replace(config, envs=replace(config.envs, workers=0))
             world, of_envs = make_world(own_process, self.world.description), streams["envs"].spawn(count)
         rate = EMA_RATE if config.envs.reward_normalization == "ema" else 0.0
         models: list[Sb3Model] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import shlex
 import sys
@@ -18,6 +19,9 @@ from mtrl_imgrad.comparison.processes import flags_of_share, share_of_machine, s
 from mtrl_imgrad.comparison.ray_launcher import on_ray
 from mtrl_imgrad.comparison.sweep import StartedRun, run_all
 from mtrl_imgrad.comparison.view import progress_view
+from mtrl_imgrad.config import Config, method_name
+from mtrl_imgrad.files import FolderLock
+from mtrl_imgrad.overlays import field_names
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
 from mtrl_imgrad.report.command import console_text, write_report
 
@@ -55,7 +59,7 @@ class CompareOptions:
     address: str = ""
     """Of the Ray cluster; empty starts one on this machine."""
     cpus: int = 1
-    """CPU cores of one run on a Ray cluster."""
+    """CPU cores of one run on a Ray cluster. A rule of your own must be installed on its machines."""
     gpus: float = 0.0
     """GPUs of one run on a Ray cluster; 0.25 puts four runs on one."""
 
@@ -68,22 +72,29 @@ class CompareOptions:
         for name in ("first_seed", "gpus"):
             if getattr(self, name) < 0:
                 raise UserError(f"{name}: {getattr(self, name)} must be zero or positive.")
-        if self.address and self.launcher != "ray":
-            raise UserError(f"address: {self.address!r} is for --launcher ray.")
+        others = ("address", "cpus", "gpus") if self.launcher == "local" else ("jobs",)
+        for field in dataclasses.fields(self):
+            if field.name in others and getattr(self, field.name) != field.default:
+                instead = "local" if self.launcher == "ray" else "ray"
+                raise UserError(f"{field.name}: {getattr(self, field.name)!r} is for --launcher {instead}.")
 
 
 def command_compare(arguments: Sequence[str]) -> int:
     """Run the comparison and report on it. Returns the exit code: 1 where a run failed."""
-    options, runs, flags = planned(arguments)
+    options, runs = planned(arguments)
     out, at_once = runs[0].folder.parent, min(options.jobs, len(runs))
     on_cluster = options.launcher == "ray"
-    divided = flags_of_share(options.cpus, flags) if on_cluster else share_of_machine(at_once, flags)
+    config = runs[0].config
+    divided = flags_of_share(options.cpus, config) if on_cluster else share_of_machine(at_once, config)
     if options.dry_run:
         tell_estimate(runs, at_once, divided)
         return 0
     logs = out / "logs"
     try:
-        with contextlib.ExitStack() as open_while_running:
+        with contextlib.ExitStack() as open_while_running, told_as_user_errors():
+            out.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(out, "out")
+            open_while_running.callback(lock.release)
             start: Callable[[PlannedRun], StartedRun] = functools.partial(start_here, divided=divided, logs=logs)
             if on_cluster:  # how many run at once is Ray's to say
                 cluster = on_ray(options.address, options.cpus, options.gpus, divided, logs)
@@ -93,16 +104,16 @@ def command_compare(arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print(f"{PROGRAM}: interrupted; the same command goes on", file=sys.stderr)
         return 130
+    for name, reason in progress.reasons.items():
+        print(f"{PROGRAM}: {name} failed, {reason}; see {logs / f'{name}.log'}", file=sys.stderr)
     if progress.of("finished"):
         with told_as_user_errors():
             print(console_text(write_report([run.folder for run in progress.of("finished")], out / "report")))
-    for name, reason in progress.reasons.items():
-        print(f"{PROGRAM}: {name} failed, {reason}; see {logs / f'{name}.log'}", file=sys.stderr)
     return 1 if progress.reasons else 0
 
 
-def planned(arguments: Sequence[str]) -> tuple[CompareOptions, list[PlannedRun], list[str]]:
-    """The options of a command line, the runs that it asks for, and the flags that all of these have.
+def planned(arguments: Sequence[str]) -> tuple[CompareOptions, list[PlannedRun]]:
+    """The options of a command line, and the runs that it asks for.
 
     Raises:
         UserError: something in it is not allowed.
@@ -112,16 +123,21 @@ def planned(arguments: Sequence[str]) -> tuple[CompareOptions, list[PlannedRun],
     seeds = range(options.first_seed, options.first_seed + options.seeds)
     runs = plan(options.aggregators, seeds, Path(options.out), flags)
     if not options.out:
-        out = Path("runs", f"compare-{run_name(runs[0].config).partition('-')[0]}")
+        own = f"-{method_name(runs[0].config).replace(':', '.')}-s{runs[0].config.seed}"
+        out = Path("runs", f"compare-{run_name(runs[0].config).removesuffix(own)}")
         runs = [dataclasses.replace(run, folder=out / run.name) for run in runs]
-    return options, runs, flags
+    return options, runs
 
 
 def tell_start(runs: Sequence[PlannedRun], out: Path, arguments: Sequence[str]) -> None:
     """Say what there is to do, and keep the command beside the runs."""
-    states = [run.state() for run in runs]
+    states: list[str] = []
+    for run in runs:
+        try:
+            states.append(run.state())
+        except ValueError:
+            states.append("damaged")  # told when its turn comes
     print(f"{len(runs)} runs in {out}: {', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states))}")
-    out.mkdir(parents=True, exist_ok=True)
     with (out / "command.txt").open("a") as file:
         file.write(shlex.join([Path(sys.argv[0]).name, "compare", *arguments]) + "\n")
 
@@ -139,6 +155,12 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     for argument in arguments:
         if argument.startswith("--") or argument == "-h":
             name = argument.lstrip("-").partition("=")[0]
+            known = names | {*field_names(Config), "config", "benchmark", "wandb"}
+            if name.partition(".")[0] not in OWN and name.replace("-", "_") not in known:
+                near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), 1, 0.0)[0]
+                raise UserError(
+                    f"{name}: there is no such option; the nearest is --{near}.\nSee `{PROGRAM} compare --help`."
+                )
             if name.partition(".")[0] in OWN:
                 raise UserError(f"--{name}: a comparison gives this to its runs; see `{PROGRAM} compare --help`.")
             target = own if name.replace("-", "_") in names or argument == "-h" else flags

@@ -19,10 +19,12 @@ class Changes:
     Attributes:
         files: content of each new or changed file, by path in the folder. Checkpoints are whole or not in it.
         checkpoints: names of all checkpoints that there are.
+        others: paths in the folder of all files that there are outside of checkpoints.
     """
 
     files: Mapping[str, bytes]
     checkpoints: tuple[str, ...]
+    others: tuple[str, ...]
 
 
 def changes(folder: Path, known: Stamps) -> tuple[Changes, Stamps]:
@@ -30,10 +32,8 @@ def changes(folder: Path, known: Stamps) -> tuple[Changes, Stamps]:
     files: dict[str, bytes] = {}
     stamps: Stamps = {}
     checkpoints = sorted(path for path in (folder / "checkpoints").glob("*") if not path.name.endswith(".tmp"))
-    others = [path for path in folder.rglob("*") if path.is_file() and folder / "checkpoints" not in path.parents]
-    for unit in [[path] for path in sorted(others)] + [sorted(checkpoint.iterdir()) for checkpoint in checkpoints]:
-        if any(path.name == "lock" or path.name.endswith(".tmp") for path in unit):
-            continue
+    others = _others(folder)
+    for unit in [[folder / name] for name in others] + [sorted(checkpoint.iterdir()) for checkpoint in checkpoints]:
         try:
             found = {str(path.relative_to(folder)): _stamp(path) for path in unit}
             if any(known.get(name) != stamp for name, stamp in found.items()):
@@ -41,7 +41,7 @@ def changes(folder: Path, known: Stamps) -> tuple[Changes, Stamps]:
         except FileNotFoundError:  # the run has just replaced it
             continue
         stamps |= found
-    return Changes(files, tuple(checkpoint.name for checkpoint in checkpoints)), stamps
+    return Changes(files, tuple(checkpoint.name for checkpoint in checkpoints), tuple(others)), stamps
 
 
 def apply(changed: Changes, folder: Path) -> None:
@@ -71,6 +71,15 @@ def apply(changed: Changes, folder: Path) -> None:
         for path in (folder / "checkpoints").iterdir():
             if path.name not in changed.checkpoints:
                 shutil.rmtree(path)
+
+    for name in set(_others(folder)) - set(changed.others):
+        (folder / name).unlink()
+
+
+def _others(folder: Path) -> list[str]:
+    """Files outside of checkpoints, without the lock and what is being written."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and folder / "checkpoints" not in path.parents)
+    return sorted(str(path.relative_to(folder)) for path in paths if path.name != "lock" and path.suffix != ".tmp")
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Literal
 from mtrl_imgrad.config import BASELINES, Config, to_dict, uses
 from mtrl_imgrad.files import is_locked
 from mtrl_imgrad.overlays import fields_of, parse_config, refuse_changes
-from mtrl_imgrad.parsing import UserError, told_as_user_errors
+from mtrl_imgrad.parsing import UserError
 from mtrl_imgrad.run_folder import read_run_folder
 
+LONGEST_ROW = 2**18
+"""Bytes from the end of a file in which its last row is looked for; one of MT50 has 15,000."""
 State = Literal["to do", "interrupted", "running", "finished", "failed"]
 
 
@@ -40,27 +43,32 @@ class PlannedRun:
         """Simulator steps per task at the last vector step."""
         return self.config.sac.steps // self.config.vector_step * self.config.vector_step
 
-    def command(self, divided: Sequence[str]) -> list[str]:
+    def command(
+        self, divided: Sequence[str], place: str | None = None, flags: Sequence[str] | None = None
+    ) -> list[str]:
         """Arguments of `mtrl-imgrad` that start the run or go on with it.
 
         Args:
             divided: flags with this run's share of the machine. A resumed run keeps what it had, as another number of
                 threads rounds differently.
+            place: the run folder where it is trained, if not here.
+            flags: that mean the same as the run's there.
         """
+        place, flags = place or str(self.folder), self.flags if flags is None else flags
         if (self.folder / "config.yaml").exists():
-            return ["train", "--resume", str(self.folder), *self.flags]
-        return ["train", *self.flags, "--run-dir", str(self.folder), *divided]
+            return ["train", "--resume", place, *flags]
+        return ["train", *flags, "--run-dir", place, *divided]
 
     def state(self) -> State:
         """What has been done of it.
 
         Raises:
             UserError: the folder holds another run.
+            ValueError: it cannot be read.
         """
         if not (self.folder / "config.yaml").exists():
             return "to do"
-        with told_as_user_errors():
-            found = read_run_folder(self.folder)
+        found = read_run_folder(self.folder)
         try:
             refuse_changes(to_dict(found.config), to_dict(self.config))
             if found.config.sac.steps > self.config.sac.steps:
@@ -69,7 +77,9 @@ class PlannedRun:
             raise UserError(f"out: {self.folder} is a run of another comparison; {error}") from None
         if is_locked(self.folder):
             return "running"
-        return "finished" if found.planned_steps == self.last_step and found.finished else "interrupted"
+        trained = found.planned_steps == self.last_step <= found.checkpoint_step
+        evaluated = found.final_success is not None or not self.config.eval.final
+        return "finished" if trained and evaluated else "interrupted"
 
     def step(self) -> int:
         """Simulator steps per task of the newest checkpoint, 0 without one."""
@@ -79,10 +89,13 @@ class PlannedRun:
 def last_row(path: Path) -> dict[str, str]:
     """The last whole row of a CSV file that may just be written; empty where there is none."""
     try:
-        lines = path.read_text().split("\n")[:-1]
+        with path.open("rb") as file:
+            header = file.readline()
+            file.seek(max(len(header), file.seek(0, os.SEEK_END) - LONGEST_ROW))
+            *rows, _ = file.read().split(b"\n")
     except OSError:
         return {}
-    return dict(zip(*csv.reader([lines[0], lines[-1]]), strict=False)) if len(lines) > 1 else {}
+    return dict(zip(*csv.reader([header.decode(), rows[-1].decode()]), strict=False)) if rows else {}
 
 
 def plan(methods: Sequence[str], seeds: Sequence[int], out: Path, flags: Sequence[str]) -> list[PlannedRun]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mtrl_imgrad.comparison.plan import PlannedRun
+from mtrl_imgrad.config import Config
 from mtrl_imgrad.parsing import UserError
 
 MTRL_IMGRAD = (sys.executable, "-m", "mtrl_imgrad")
@@ -85,8 +86,8 @@ def why_failed(code: int, printed: str) -> str:
     return f"exit code {code}: {lines[-1]}" if code else ""
 
 
-def share_of_machine(jobs: int, flags: Sequence[str]) -> list[str]:
-    """Flags that divide this machine's cores among several runs, where the user has not said.
+def share_of_machine(jobs: int, config: Config) -> list[str]:
+    """Flags that divide this machine's cores among several runs, where their configuration does not say.
 
     Raises:
         UserError: there are more jobs than cores.
@@ -94,12 +95,12 @@ def share_of_machine(jobs: int, flags: Sequence[str]) -> list[str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if jobs > cores:
         raise UserError(f"jobs: {jobs} runs at once are more than this machine's {cores} cores.")
-    return flags_of_share(cores // jobs, flags)
+    return flags_of_share(cores // jobs, config)
 
 
-def flags_of_share(cores: int, flags: Sequence[str]) -> list[str]:
-    """Flags that make a run use so many cores, where the user has not said. A worker process for each thread; with
-    one, stepping in the run's own process saves the hand-over."""
-    given = {flag.partition("=")[0].replace("_", "-") for flag in flags}
-    share = {"--threads": str(cores), "--envs.workers": str(cores if cores > 1 else 0)}
-    return [word for name, value in share.items() if name not in given for word in (name, value)]
+def flags_of_share(cores: int, config: Config) -> list[str]:
+    """Flags that make a run use so many cores, where its configuration does not say. A worker process for each thread;
+    with one, stepping in the run's own process saves the hand-over."""
+    threads = [] if config.threads else ["--threads", str(cores)]
+    workers = [] if config.envs.workers is not None else ["--envs.workers", str(cores if cores > 1 else 0)]
+    return threads + workers

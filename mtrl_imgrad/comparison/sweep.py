@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -11,6 +12,7 @@ from types import FrameType
 from typing import Protocol
 
 from mtrl_imgrad.comparison.plan import PlannedRun, State
+from mtrl_imgrad.parsing import UserError
 
 
 class StartedRun(Protocol):
@@ -27,6 +29,10 @@ class StartedRun(Protocol):
     def wait(self) -> None:
         """Until it has ended; after a while it is killed."""
         ...
+
+
+class FailedRun(Exception):  # noqa: N818 - it is the run's error, not this program's
+    """Why a run failed."""
 
 
 @dataclass
@@ -66,28 +72,24 @@ def run_all(
         every: seconds between two looks.
 
     Raises:
-        UserError: a run's folder holds something else.
         KeyboardInterrupt: the user, or a SIGTERM, stopped it; the runs have ended.
     """
-    progress = Progress(runs, {run.name: run.state() for run in runs})
+    progress = Progress(runs, {})
+    for run in runs:
+        _note(progress, run, run.state)
     started: dict[str, StartedRun] = {}
     with sigterm_as_interrupt():
         try:
             while True:
                 for run in progress.of("running"):
-                    if run.name not in started:
-                        progress.states[run.name] = run.state()  # of another process, perhaps of an earlier comparison
-                        continue
-                    failure = started[run.name].failure()
-                    if failure is not None:
-                        del started[run.name]
-                        if not failure and run.state() != "finished":
-                            failure = "it ended well, but its folder is not complete"
-                        progress.states[run.name] = "failed" if failure else "finished"
-                        progress.reasons |= {run.name: failure} if failure else {}
+                    if run.name not in started:  # another process's, perhaps of an earlier comparison
+                        _note(progress, run, run.state)
+                    else:
+                        _note(progress, run, functools.partial(_look, run, started[run.name]))
+                        if progress.states[run.name] != "running":
+                            del started[run.name]
                 for run in progress.of("to do", "interrupted")[: at_once - len(started)]:
-                    started[run.name] = start(run)
-                    progress.states[run.name] = "running"
+                    _note(progress, run, functools.partial(_begin, run, start, started))
                 show(progress)
                 if not progress.of("running"):
                     return progress
@@ -97,6 +99,30 @@ def run_all(
                 run.terminate()
             for run in started.values():
                 run.wait()
+
+
+def _note(progress: Progress, run: PlannedRun, find: Callable[[], State]) -> None:
+    """A run's state; one that cannot be found is a failure of that run alone."""
+    try:
+        progress.states[run.name] = find()
+    except (FailedRun, UserError, ValueError, OSError) as error:
+        progress.states[run.name], progress.reasons[run.name] = "failed", " ".join(str(error).split())
+
+
+def _look(run: PlannedRun, started: StartedRun) -> State:
+    failure = started.failure()
+    if failure is None:
+        return "running"
+    if failure:
+        raise FailedRun(failure)
+    if run.state() != "finished":
+        raise FailedRun("it ended well, but its folder is not complete")
+    return "finished"
+
+
+def _begin(run: PlannedRun, start: Callable[[PlannedRun], StartedRun], started: dict[str, StartedRun]) -> State:
+    started[run.name] = start(run)
+    return "running"
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 from mtrl_imgrad.comparison.plan import PlannedRun, State, last_row
 from mtrl_imgrad.comparison.sweep import Progress
@@ -43,10 +44,16 @@ def standing(run: PlannedRun) -> Standing:
 def progress_view(runs: Sequence[PlannedRun]) -> Iterator[Callable[[Progress], None]]:
     """What `run_all` tells its progress to."""
     console = Console(highlight=False, soft_wrap=True)
-    started, begun = time.monotonic(), {run.name: standing(run).step for run in runs}
+    now = {run.name: standing(run) for run in runs}
+    started, begun = time.monotonic(), {name: one.step for name, one in now.items()}
     if console.is_terminal:
         with Live(console=console, refresh_per_second=2) as live:
-            yield lambda progress: live.update(_table(progress, time_left(progress, begun, started)))
+
+            def draw(progress: Progress) -> None:
+                now.update({run.name: standing(run) for run in progress.of("running")})
+                live.update(_table(progress, now, time_left(progress, now, begun, started)))
+
+            yield draw
         return
 
     told: dict[str, State] = {}
@@ -62,28 +69,32 @@ def progress_view(runs: Sequence[PlannedRun]) -> Iterator[Callable[[Progress], N
                 told[run.name] = state
         if time.monotonic() - summarised > SUMMARY_EVERY:
             summarised = time.monotonic()
-            console.print(summary(progress, time_left(progress, begun, started)), markup=False)
+            now.update({run.name: standing(run) for run in progress.of("running")})
+            console.print(summary(progress, now, time_left(progress, now, begun, started)), markup=False)
 
     yield tell
 
 
-def summary(progress: Progress, left: float | None) -> str:
+def summary(progress: Progress, now: Mapping[str, Standing], left: float | None) -> str:
     """One line."""
-    running = [(run, standing(run)) for run in progress.of("running")]
+    running = [(run, now[run.name]) for run in progress.of("running")]
     parts = [f"{len(progress.of('finished'))} of {len(progress.runs)} finished"]
-    parts += [f"{run.name} {now.step:,}/{run.last_step:,} {now.success}".rstrip() for run, now in running]
+    parts += [f"{run.name} {mine.step:,}/{run.last_step:,} {mine.success}".rstrip() for run, mine in running]
     return "; ".join([*parts, *([f"about {left / 60:.0f} min left"] if left is not None else [])])
 
 
-def time_left(progress: Progress, begun: dict[str, int], started: float) -> float | None:
+def time_left(
+    progress: Progress, now: Mapping[str, Standing], begun: Mapping[str, int], started: float
+) -> float | None:
     """Seconds, from the steps that all runs together took since the start; None while there are none."""
-    steps = {run.name: run.last_step if run in progress.of("finished") else standing(run).step for run in progress.runs}
+    finished = progress.of("finished")
+    steps = {run.name: run.last_step if run in finished else now[run.name].step for run in progress.runs}
     taken = sum(max(0, steps[run.name] - begun[run.name]) for run in progress.runs)
     missing = sum(run.last_step - steps[run.name] for run in progress.of("to do", "interrupted", "running"))
     return (time.monotonic() - started) / taken * missing if taken else None
 
 
-def _table(progress: Progress, left: float | None) -> Table:
+def _table(progress: Progress, now: Mapping[str, Standing], left: float | None) -> Table:
     finished, total = len(progress.of("finished")), len(progress.runs)
     title = f"{finished} of {total} runs finished"
     table = Table(title=title if left is None else f"{title}, about {left / 60:.0f} min left", title_justify="left")
@@ -91,11 +102,11 @@ def _table(progress: Progress, left: float | None) -> Table:
         table.add_column(column)
     runs = progress.runs if total <= SHOWN else progress.of("running", "interrupted", "failed")
     for run in runs:
-        now, state = standing(run), progress.states[run.name]
-        step = run.last_step if state == "finished" else now.step
+        mine, state = now[run.name], progress.states[run.name]
+        step = run.last_step if state == "finished" else mine.step
         bar = ProgressBar(total=run.last_step, completed=step, width=20)
-        minutes = f"{now.elapsed / 60:.1f}" if now.elapsed else ""
-        table.add_row(run.name, state, bar, f"{step:,}/{run.last_step:,}", now.success, minutes)
-    for name, reason in progress.reasons.items():
-        table.caption = f"{name} failed: {reason}"
+        minutes = f"{mine.elapsed / 60:.1f}" if mine.elapsed else ""
+        table.add_row(run.name, state, bar, f"{step:,}/{run.last_step:,}", mine.success, minutes)
+    failures = [f"{name} failed: {reason}" for name, reason in progress.reasons.items()]
+    table.caption = Text("\n".join(failures)) if failures else None
     return table

@@ -18,13 +18,13 @@ from run_folders import without_times
 
 from mtrl_imgrad.aggregators import CAGrad, IMGrad, Mean
 from mtrl_imgrad.cli import main
-from mtrl_imgrad.comparison.command import split
+from mtrl_imgrad.comparison.command import planned, split
 from mtrl_imgrad.comparison.estimate import Cost, measure
 from mtrl_imgrad.comparison.plan import last_row, plan
 from mtrl_imgrad.comparison.processes import share_of_machine, start_here
 from mtrl_imgrad.comparison.sweep import Progress, run_all
-from mtrl_imgrad.comparison.view import progress_view, summary, time_left
-from mtrl_imgrad.config import to_dict
+from mtrl_imgrad.comparison.view import progress_view, standing, summary, time_left
+from mtrl_imgrad.config import Config, EnvsConfig, to_dict
 from mtrl_imgrad.files import FolderLock, is_locked
 from mtrl_imgrad.parsing import UserError
 
@@ -114,12 +114,12 @@ class TestPlan:
 
     def test_cores_are_divided_and_what_the_user_says_stays(self, monkeypatch):
         monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8), raising=False)
-        assert share_of_machine(2, []) == ["--threads", "4", "--envs.workers", "4"]
-        assert share_of_machine(8, []) == ["--threads", "1", "--envs.workers", "0"]
-        assert share_of_machine(2, ["--threads=2"]) == ["--envs.workers", "4"]
-        assert share_of_machine(2, ["--envs.workers", "1"]) == ["--threads", "4"]
+        assert share_of_machine(2, Config()) == ["--threads", "4", "--envs.workers", "4"]
+        assert share_of_machine(8, Config()) == ["--threads", "1", "--envs.workers", "0"]
+        assert share_of_machine(2, Config(threads=2)) == ["--envs.workers", "4"]
+        assert share_of_machine(2, Config(envs=EnvsConfig(workers=1))) == ["--threads", "4"]
         with pytest.raises(UserError, match="jobs: 9 runs at once are more than this machine's 8 cores"):
-            share_of_machine(9, [])
+            share_of_machine(9, Config())
 
 
 class TestRuns:
@@ -151,6 +151,23 @@ class TestRuns:
         assert re.fullmatch(r"exit code 2: mtrl-imgrad: run_dir: .* is not empty.*", progress.reasons["mean-s1"])
         (spoilt / "thesis.tex").unlink()
         assert finish(runs).states == {"mean-s1": "finished", "imgrad-s1": "finished"}
+
+    def test_one_whose_folder_is_damaged_fails_alone(self, tmp_path):
+        runs = tiny_plan(tmp_path)
+        runs[0].folder.mkdir(parents=True)
+        (runs[0].folder / "config.yaml").write_bytes(b"\xff\xfe")
+        progress = finish(runs)
+        assert progress.states == {"mean-s1": "failed", "imgrad-s1": "finished"}
+        assert "config.yaml" in progress.reasons["mean-s1"]
+
+    def test_one_that_was_not_evaluated_is_where_that_is_asked_for_later(self, tmp_path):
+        finish(tiny_plan(tmp_path, ("mean",), (1,), "--eval.final", "False"))
+        (run,) = tiny_plan(tmp_path, ("mean",))
+        assert not (run.folder / "eval.csv").exists()
+        assert run.state() == "interrupted"
+        (asked,) = tiny_plan(tmp_path, ("mean",), (1,), "--eval.final", "True")
+        assert finish([asked]).of("finished") == [asked]
+        assert last_row(run.folder / "eval.csv")["step"] == "60"
 
     def test_a_longer_budget_goes_on_with_what_was_trained(self, tmp_path):
         finish(tiny_plan(tmp_path, ("mean",)))
@@ -207,17 +224,23 @@ class TestKilled:
             assert time.monotonic() < deadline
             time.sleep(0.05)
 
-    @pytest.mark.slow
     def test_five_random_kills_change_no_row(self, tmp_path):
         finish(tiny_plan(tmp_path / "whole", ("mean", "imgrad"), (1, 2)))
-        generator = random.Random(1)
-        for _ in range(5):
-            with self.sweep(tmp_path / "killed") as process:
-                time.sleep(generator.uniform(2.0, 9.0))
+        out, generator = tmp_path / "killed", random.Random(1)
+        for number in range(5):
+            saved = sorted(out.glob("*/checkpoints/*"))
+            with self.sweep(out) as process:
+                deadline = time.monotonic() + 120
+                while sorted(out.glob("*/checkpoints/*")) == saved:  # until it trains, and has saved something
+                    assert time.monotonic() < deadline
+                    assert process.poll() is None, f"it ended before kill {number}"
+                    time.sleep(0.02)
+                time.sleep(generator.uniform(0.0, 0.5))
                 process.kill()
-        runs = tiny_plan(tmp_path / "killed", ("mean", "imgrad"), (1, 2))
+        runs = tiny_plan(out, ("mean", "imgrad"), (1, 2))
         assert finish(runs).of("finished") == list(runs)
-        assert results(tmp_path / "killed") == results(tmp_path / "whole")
+        assert sum((run.folder / "command.txt").read_text().count("--resume") for run in runs) >= 5
+        assert results(out) == results(tmp_path / "whole")
 
 
 class TestView:
@@ -231,12 +254,14 @@ class TestView:
     def test_time_left_is_that_of_the_missing_steps_at_the_speed_so_far(self, tmp_path):
         progress = self.progress(tmp_path)
         begun = {"mean-s1": 60, "imgrad-s1": 0, "cagrad-s1": 0}
-        left = time_left(progress, begun, time.monotonic() - 10.0)
+        now = {run.name: standing(run) for run in progress.runs}
+        left = time_left(progress, now, begun, time.monotonic() - 10.0)
         assert left == pytest.approx(10.0 / 30 * (30 + 60), rel=0.01)
-        assert time_left(progress, {"mean-s1": 60, "imgrad-s1": 30, "cagrad-s1": 0}, 0.0) is None
+        assert time_left(progress, now, {"mean-s1": 60, "imgrad-s1": 30, "cagrad-s1": 0}, 0.0) is None
 
     def test_one_line_says_it_all(self, tmp_path):
-        line = summary(self.progress(tmp_path), 120.0)
+        progress = self.progress(tmp_path)
+        line = summary(progress, {run.name: standing(run) for run in progress.runs}, 120.0)
         assert line == "1 of 3 finished; imgrad-s1 30/60 0.50; about 2 min left"
 
     def test_without_a_terminal_each_change_is_one_line(self, tmp_path, capsys):
@@ -300,8 +325,11 @@ class TestCommand:
             ("--jobs 0", "jobs: 0 must be at least 1"),
             ("--first-seed -1", "first_seed: -1 must be"),
             ("--aggregators", "aggregators"),
-            ("--sac.stepz 3", r"sac\.stepz: there is no such field"),
+            ("--sac.stepz 3", r"sac\.stepz: there is no such option; the nearest is --sac.steps"),
             ("--seeds many", "seeds"),
+            ("--job 2", r"job: there is no such option; the nearest is --jobs.\nSee `mtrl-imgrad compare --help`"),
+            ("--cpus 2", "cpus: 2 is for --launcher ray"),
+            ("--launcher ray --jobs 2", "jobs: 2 is for --launcher local"),
         ],
     )
     def test_a_mistake_is_exit_code_2_and_leaves_nothing(self, tmp_path, monkeypatch, capsys, arguments, message):
@@ -335,6 +363,20 @@ class TestCommand:
         ]
         assert lines[-1] == f"about {(4 * ours + 2 * theirs) / 3600:.1f} hours, 1 at once"
         assert list(tmp_path.iterdir()) == []
+
+    def test_two_on_one_folder_are_refused_and_a_folder_that_cannot_be_made_too(self, tmp_path, capsys):
+        lock = FolderLock(tmp_path)
+        assert main(["compare", *TINY, "--out", str(tmp_path)]) == 2
+        assert re.search(r"out: .* is in use by another process", capsys.readouterr().err)
+        lock.release()
+        (tmp_path / "file").write_text("")
+        assert main(["compare", *TINY, "--out", str(tmp_path / "file")]) == 2
+        assert len(capsys.readouterr().err.splitlines()) == 1
+
+    def test_folders_are_named_by_the_whole_benchmark(self):
+        for task in ("drawer-open-v3", "drawer-close-v3"):
+            _, runs = planned(["--benchmark", task])
+            assert runs[0].folder == Path("runs", f"compare-{task}", "mean-s1")
 
     def test_it_ends_with_0_then_does_nothing_and_names_what_failed_with_1(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)

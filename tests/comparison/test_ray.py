@@ -7,10 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_comparison import PROGRAM, SHARE, finish, results, tiny_plan
+import yaml
+from test_comparison import PROGRAM, SHARE, TINY_COMMAND, finish, results, tiny_plan
 
 from mtrl_imgrad.cli import main
 from mtrl_imgrad.comparison.gathering import apply, changes
+from mtrl_imgrad.comparison.plan import plan
 from mtrl_imgrad.comparison.ray_launcher import RayRun, on_ray
 from mtrl_imgrad.comparison.sweep import Progress, run_all
 from mtrl_imgrad.files import is_locked
@@ -32,6 +34,17 @@ class TestCluster:
         assert on_cluster(runs).of("finished") == list(runs)
         assert results(tmp_path / "ray") == results(tmp_path / "local")
         assert not any(is_locked(run.folder) for run in runs)
+
+    def test_overlays_of_this_machine_reach_the_run_and_nothing_that_it_deleted_stays(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        Path("mine.yaml").write_text("sac: {gamma: 0.5}\n")
+        flags = TINY_COMMAND.replace("--log.tensorboard False", "--config mine.yaml").split()
+        runs = plan(["cagrad,c=0.9"], [1], tmp_path / "ray", flags)
+        assert on_cluster(runs).of("finished") == runs
+        stored = yaml.safe_load((runs[0].folder / "config.yaml").read_text())
+        assert (stored["sac"]["gamma"], stored["aggregator"]["c"]) == (0.5, 0.9)
+        names = [path.name for path in (runs[0].folder / "tensorboard").iterdir()]
+        assert sum("description" in name for name in names) == 1
 
     def test_an_interrupted_run_goes_on_from_its_checkpoint_and_a_failure_is_named(self, tmp_path):
         finish(tiny_plan(tmp_path / "local", ("mean",), (1,), "--sac.steps", "100"))
@@ -82,7 +95,7 @@ class TestOptions:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setitem(sys.modules, "ray", None)
         assert main(["compare", "--launcher", "ray", "--config", "quickstart", "--out", "out"]) == 2
-        assert 'pip install "mtrl_imgrad[ray]"' in capsys.readouterr().err
+        assert 'pip install ".[ray]"' in capsys.readouterr().err
 
     def test_an_address_where_no_cluster_is(self, tmp_path, monkeypatch, capsys):
         monkeypatch.chdir(tmp_path)
@@ -147,5 +160,5 @@ class TestGathering:
         new, _ = changes(tmp_path / "source", {})
         (tmp_path / "copy").mkdir()
         with pytest.raises(ValueError, match="outside"):
-            apply(type(new)({name: b"x"}, ()), tmp_path / "copy")
+            apply(type(new)({name: b"x"}, (), ()), tmp_path / "copy")
         assert not (tmp_path / "outside").exists()
