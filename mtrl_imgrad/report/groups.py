@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtrl_imgrad.config import method_name, to_dict, uses
+from mtrl_imgrad.config import uses
 from mtrl_imgrad.overlays import CHANGEABLE
 from mtrl_imgrad.run_folder import RunFolder
 
@@ -124,13 +124,13 @@ def _settings(run: RunFolder) -> dict[str, str]:
     read."""
     fields = {
         name: value
-        for name, value in _flat(to_dict(run.config)).items()
+        for name, value in _flat(run.settings).items()
         if name != "algorithm"
         and uses(run.config.algorithm, name)
         and not any(name == ignored or name.startswith(f"{ignored}.") for ignored in IGNORED)
     }
     # MT10 and its ten tasks are the same.
-    return fields | {"benchmark.tasks": " ".join(run.tasks), "name": method_name(run.config)}
+    return fields | {"benchmark.tasks": " ".join(run.tasks), "name": run.method}
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
