@@ -89,16 +89,17 @@ class RunFolder:
 
     @property
     def final_success(self) -> SuccessCurve | None:
-        """Success of the last checkpoint on every goal, as a curve of one evaluation; None until that is measured."""
+        """Success at the planned end on every goal, as a curve of one evaluation; None until that is measured, and
+        where the run was trained beyond its plan, as that took another budget."""
         curve = _curve(self.evaluation_rows, self.tasks, self.config.benchmark.goals)
-        if curve is None or curve.steps[-1] < self.planned_steps:
+        if curve is None or curve.steps[-1] != self.planned_steps:
             return None
         return SuccessCurve(curve.steps[-1:], curve.tasks, curve.success[-1:])
 
     @property
     def finished(self) -> bool:
         """Whether training has ended, with its final evaluation where the configuration has one."""
-        trained = not self.config.eval.final and self.checkpoint_step >= self.planned_steps
+        trained = not self.config.eval.final and self.checkpoint_step == self.planned_steps
         return trained or self.final_success is not None
 
     def package(self, name: str) -> str:

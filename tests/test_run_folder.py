@@ -98,6 +98,20 @@ def test_an_evaluation_before_the_planned_end_is_not_the_final_one(tmp_path):
     assert (run.final_success, run.finished, run.last_step) == (None, False, 1000)
 
 
+def test_a_run_that_was_trained_beyond_its_plan_is_not_finished(tmp_path):
+    """Its success took more steps than config.yaml says."""
+    folder = write_run(tmp_path / "run", final=DONE, steps=1000)
+    _checkpoint(folder, 1000)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("steps: 1000", "steps: 800"))
+    run = read_run_folder(folder)
+    assert (run.final_success, run.finished, run.last_step) == (None, False, 1000)
+    (folder / "config.yaml").write_text(
+        text.replace("steps: 1000", "steps: 800").replace("final: true", "final: false")
+    )
+    assert not read_run_folder(folder).finished
+
+
 def test_training_ends_after_whole_vector_steps(tmp_path):
     folder = write_run(tmp_path / "run", "--envs.envs-per-task", "3", final=DONE, steps=1000)
     (folder / "eval.csv").write_text((folder / "eval.csv").read_text().replace("1000,", "999,"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,19 @@ def select(runs: Sequence[RunFolder]) -> Selection:
     groups.sort(key=lambda group: group.label)
     left_out = sorted(others, key=lambda item: str(item.path))
     return Selection(tuple(groups), tuple(left_out), _other_differences(groups))
+
+
+def sharing(steps: Mapping[int, Set[float]]) -> list[int]:
+    """Seeds, ascending, of runs that have a step in common, so that their mean over seeds exists: all seeds where all
+    have one, else those with the most steps first, each that shares one with all before it."""
+    kept: list[int] = []
+    common: Set[float] = frozenset()
+    for seed in sorted(steps, key=lambda seed: (-len(steps[seed]), seed)):
+        still = steps[seed] & common if kept else steps[seed]
+        if still:
+            kept.append(seed)
+            common = still
+    return sorted(kept)
 
 
 def _largest_consistent(runs: Sequence[RunFolder]) -> tuple[list[RunFolder], list[LeftOut]]:

@@ -166,6 +166,28 @@ def test_an_unfinished_run_counts_in_the_curve_and_its_final_success_is_missing(
     assert [estimate.value for estimate in curve.estimates] == pytest.approx([1 / 3, 1.6 / 3])
 
 
+def test_a_run_that_was_trained_beyond_its_plan_has_no_final_success(tmp_path):
+    """Otherwise a success after 1500 steps would stand among those after 1000."""
+    _group(tmp_path / "runs", "mean", {1: (6, 4)}, training={500: 2, 1000: 4})
+    write_run(
+        tmp_path / "runs" / "longer", "--aggregator", "mean", seed=2, steps=1500, final={"reach-v3": 9, "push-v3": 9}
+    )
+    config = tmp_path / "runs" / "longer" / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 1500", "steps: 1000"))
+    report = write_report([tmp_path / "runs"], tmp_path / "report")
+    assert report.final.rows[0][1:3] == ("1 of 2", "0.50")
+    assert any("mean seed 2 (trained to step 1,500, beyond the 1,000 of" in note for note in report.final.notes)
+
+
+def test_a_run_without_a_shared_evaluation_is_named_and_the_others_have_their_curve(tmp_path):
+    _group(tmp_path / "runs", "mean", {1: (6, 4), 2: (8, 6)}, training={500: 1, 1000: 4})
+    write_run(tmp_path / "runs" / "odd", "--aggregator", "mean", seed=3, training={333: 5})
+    report = write_report([tmp_path / "runs"], tmp_path / "report")
+    curve = _results(tmp_path / "runs").curves["mean"]
+    assert (list(curve.by_seed), curve.steps.tolist(), curve.left_out) == ([1, 2], [500, 1000], (3,))
+    assert any("Not in the curves: mean seed 3" in notice for notice in report.notices)
+
+
 def test_runs_that_have_only_begun_make_a_report(tmp_path):
     write_run(tmp_path / "runs" / "a")
     report = write_report([tmp_path / "runs"], tmp_path / "report")
