@@ -91,7 +91,7 @@ def _facts(results: Results) -> dict[str, str]:
         "Protocol": f"{config.protocol}: {config.benchmark.reward} reward, episodes of {config.eval.horizon} steps, "
         f"{config.benchmark.goals} goals of each task once, deterministic policy; goals are those of training",
         "Budget": f"{config.sac.steps:,} simulator steps per task, "
-        f"{config.sac.steps * len(results.tasks):,} transitions",
+        f"{config.sac.steps * len(results.tasks):,} over all tasks",
         "Tasks": f"{len(results.tasks)}: {', '.join(results.tasks)}",
         "Groups": ", ".join(one.label for one in results.groups),
         "Seeds": f"{count} per group, {len(runs)} runs",

@@ -108,7 +108,7 @@ def test_the_page_says_what_its_numbers_are_about(two_groups):
     text = " ".join("".join(_page(two_groups).itertext()).split())
     for words in (
         "custom (v2 reward, horizon 100, 10 goals)",
-        "1,000 simulator steps per task, 2,000 transitions",
+        "1,000 simulator steps per task, 2,000 over all tasks",
         "2: reach-v3, push-v3",
         "3 per group, 6 runs",
         "Meta-World 3.1.1, MuJoCo 3.3.0",
