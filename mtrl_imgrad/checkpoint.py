@@ -9,6 +9,7 @@ written beside its place and renamed, and the previous one is removed afterwards
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from mtrl_imgrad.aggregators import AGGREGATORS
 from mtrl_imgrad.config import Config, from_dict, method_name, to_dict
 from mtrl_imgrad.files import FolderLock, write_whole
 from mtrl_imgrad.version import __version__
@@ -118,17 +121,49 @@ def describe_run(folder: Path, config: Config, step: int) -> None:
 
 
 def read_config(folder: Path) -> Config:
-    """The configuration of a run.
+    """The configuration of a run. Imports the module of an aggregator `module:Class`.
 
     Raises:
         ValueError: the folder is not a run's, or its configuration is from another version.
     """
+    with _told_of(folder):
+        return from_dict(_read_yaml(folder))
+
+
+def read_settings(folder: Path) -> tuple[dict[str, Any], Config]:
+    """The configuration of a run, importing nothing that the folder names.
+
+    Returns:
+        The configuration as `to_dict` gives it, and as a `Config`. An aggregator that is not in AGGREGATORS stands in
+        the first as config.yaml has it; the second has the default one instead.
+
+    Raises:
+        ValueError: the folder is not a run's, or its configuration is from another version.
+    """
+    with _told_of(folder):
+        plain = _read_yaml(folder)
+        rule = plain["aggregator"]
+        if rule["name"] in AGGREGATORS:
+            config = from_dict(plain)
+            return to_dict(config), config
+        config = from_dict({name: value for name, value in plain.items() if name != "aggregator"})
+        return to_dict(config) | {"aggregator": rule}, config
+
+
+def _read_yaml(folder: Path) -> Any:
     path = folder / "config.yaml"
     if not path.is_file():
         raise ValueError(f"run: {folder} is no run folder; it has no config.yaml.")
+    return yaml.safe_load(path.read_text())
+
+
+@contextlib.contextmanager
+def _told_of(folder: Path) -> Iterator[None]:
+    """What a damaged configuration raises, as one ValueError that names it."""
     try:
-        return from_dict(yaml.safe_load(path.read_text()))
+        yield
     except (yaml.YAMLError, AttributeError, TypeError, KeyError, UnicodeDecodeError) as error:
+        path = folder / "config.yaml"
         raise ValueError(f"run: {path} is not a configuration of this version ({type(error).__name__}).") from None
 
 

@@ -25,7 +25,7 @@ from mtrl_imgrad.config import to_dict
 from mtrl_imgrad.envs.worker_pool import WorkerError
 from mtrl_imgrad.interruption import Stopped
 from mtrl_imgrad.learner import NonFiniteError
-from mtrl_imgrad.overlays import configs_folder, parse_config, refuse_changes, take_options
+from mtrl_imgrad.overlays import configs_folder, parse_config, refuse_changes, refuse_fewer_steps, take_options
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
 from mtrl_imgrad.record import command_record
 from mtrl_imgrad.report.command import command_report
@@ -33,7 +33,7 @@ from mtrl_imgrad.report.command import command_report
 
 def command_train(arguments: Sequence[str]) -> int:
     """Returns the exit code: 130 or 143 where SIGINT or SIGTERM ended it."""
-    from mtrl_imgrad.checkpoint import read_config
+    from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_config
     from mtrl_imgrad.trainer import open_run
 
     taken, rest = take_options(arguments, ("resume",))
@@ -45,6 +45,9 @@ def command_train(arguments: Sequence[str]) -> int:
     config = parse_config(rest, base)
     if base:
         refuse_changes(base, to_dict(config))
+    if resume and has_checkpoint(resume):
+        with told_as_user_errors():
+            refuse_fewer_steps(config.sac.steps, newest_checkpoint(resume)[1]["step"])
     with told_as_user_errors():
         run, loop = open_run(config, resume, started=psutil.Process().create_time())
     with run, run.interruption.by_signals():

@@ -202,6 +202,12 @@ def _refuse_unknown(tokens: Sequence[str], names: Sequence[str]) -> None:
             raise UserError(f"{name}: there is no such field; the nearest is --{near}.\nSee `{PROGRAM} train --help`.")
 
 
+def refuse_fewer_steps(wanted: int, trained: int) -> None:
+    """A run that was trained for `trained` simulator steps per task must not say that it has fewer."""
+    if wanted < trained:
+        raise UserError(f"sac.steps: the run has a checkpoint at step {trained}, so {wanted} is too few to resume it.")
+
+
 def refuse_changes(stored: dict[str, Any], wanted: dict[str, Any], prefix: str = "") -> None:
     """A resumed run must stay the run that it was."""
     for key, value in wanted.items():

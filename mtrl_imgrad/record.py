@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
     from mtrl_imgrad.evaluation import Episode
 
+EPISODES = 3
+"""Episodes in a video where neither their number nor goals are given."""
 SECONDS_AT_THE_END = 1
 """Seconds of video for which an episode's last frame stands still."""
 LARGEST, GRID_WIDTH, SMALLEST = 480, 1600, 192
@@ -44,10 +46,11 @@ class RecordOptions:
     """Run folder."""
     task: tuple[str, ...] = ("all",)
     """Tasks, one file each; `all` is one file with all of them as tiles."""
-    episodes: int = 3
-    """Episodes, one after another, on goals spread evenly over the run's goals."""
+    episodes: int | None = None
+    """Episodes, one after another, on goals spread evenly over the run's goals; none given means 3, or as many as
+    there are."""
     goals: tuple[int, ...] = ()
-    """Indices of the goals to play instead, in this order."""
+    """Indices of the goals to play, in this order, instead of a number of episodes."""
     out: Path | None = None
     """Folder for the files, RUN/videos where none is given. A file of the same name is replaced."""
     format: Literal["mp4", "gif", "both"] = "mp4"
@@ -190,17 +193,18 @@ def chosen_goals(options: RecordOptions, available: int) -> list[int]:
     """Indices of the goals to play.
 
     Raises:
-        ValueError: there are not so many.
+        ValueError: there are not so many, or both a number and indices are given.
     """
     from mtrl_imgrad.evaluation import goal_subset
 
     if wrong := [goal for goal in options.goals if not 0 <= goal < available]:
         raise ValueError(f"goals: {wrong[0]} is not between 0 and {available - 1}, the run's goals.")
-    if not 1 <= options.episodes <= available:
-        raise ValueError(
-            f"episodes: {options.episodes} is not between 1 and {available}, the number of the run's goals."
-        )
-    return list(options.goals) or goal_subset(available, options.episodes).tolist()
+    if options.goals and options.episodes is not None:
+        raise ValueError("episodes: not allowed with goals, which has one episode for each; give one of the two.")
+    episodes = min(EPISODES, available) if options.episodes is None else options.episodes
+    if not 1 <= episodes <= available:
+        raise ValueError(f"episodes: {episodes} is not between 1 and {available}, the number of the run's goals.")
+    return list(options.goals) or goal_subset(available, episodes).tolist()
 
 
 def tile_size(size: str | None, tasks: int) -> tuple[int, int]:

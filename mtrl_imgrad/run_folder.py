@@ -16,11 +16,12 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from mtrl_imgrad.checkpoint import newest_checkpoint, read_config
+from mtrl_imgrad.checkpoint import newest_checkpoint, read_settings
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.success_curves import SuccessCurve, success_curve
 
@@ -33,7 +34,9 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        config: its configuration.
+        settings: its configuration as `to_dict` gives it; the aggregator as the folder has it.
+        config: its configuration, for everything but the aggregator. A rule of the user's is not imported to read a
+            folder, so the default one stands in its place.
         tasks: task names, in the order of the network's task index.
         goals: a digest of goals.json; runs with equal digests have the same goals.
         versions: entries of versions.json, one for the start and one for every resume; the last is in force.
@@ -46,6 +49,7 @@ class RunFolder:
     """
 
     path: Path
+    settings: Mapping[str, Any]
     config: Config
     tasks: tuple[str, ...]
     goals: str
@@ -56,6 +60,11 @@ class RunFolder:
     evaluation_rows: Rows
     checkpoint_step: int
     modified: float
+
+    @property
+    def method(self) -> str:
+        """What tables call the run's method: its aggregator, or the baseline."""
+        return str(self.settings["aggregator"]["name"]) if self.config.algorithm == "mtsac" else self.config.algorithm
 
     @property
     def goal_seed(self) -> int:
@@ -80,16 +89,17 @@ class RunFolder:
 
     @property
     def final_success(self) -> SuccessCurve | None:
-        """Success of the last checkpoint on every goal, as a curve of one evaluation; None until that is measured."""
+        """Success at the planned end on every goal, as a curve of one evaluation; None until that is measured, and
+        where the run was trained beyond its plan, as that took another budget."""
         curve = _curve(self.evaluation_rows, self.tasks, self.config.benchmark.goals)
-        if curve is None or curve.steps[-1] < self.planned_steps:
+        if curve is None or curve.steps[-1] != self.planned_steps:
             return None
         return SuccessCurve(curve.steps[-1:], curve.tasks, curve.success[-1:])
 
     @property
     def finished(self) -> bool:
         """Whether training has ended, with its final evaluation where the configuration has one."""
-        trained = not self.config.eval.final and self.checkpoint_step >= self.planned_steps
+        trained = not self.config.eval.final and self.checkpoint_step == self.planned_steps
         return trained or self.final_success is not None
 
     def package(self, name: str) -> str:
@@ -119,12 +129,13 @@ def find_run_folders(paths: Sequence[Path]) -> list[Path]:
 
 
 def read_run_folder(path: Path) -> RunFolder:
-    """Read a run folder. Half-written last lines and evaluations are left out; missing files count as empty.
+    """Read a run folder, importing nothing that it names. Half-written last lines and evaluations are left out, and
+    missing files count as empty.
 
     Raises:
         ValueError: it is no run folder, or a file in it is damaged.
     """
-    config = read_config(path)
+    settings, config = read_settings(path)
     try:
         versions = json.loads(_text(path / "versions.json") or "[]")
         goals = json.loads(_text(path / "goals.json") or "{}")
@@ -140,6 +151,7 @@ def read_run_folder(path: Path) -> RunFolder:
     training_rows, evaluation_rows = (_rows(path / name) for name in ("eval_training.csv", "eval.csv"))
     return RunFolder(
         path=path,
+        settings=settings,
         config=config,
         tasks=tuple(names),
         goals=hashlib.sha256(json.dumps(goals, sort_keys=True).encode()).hexdigest(),

@@ -6,7 +6,8 @@ resample or count whole runs; resampling each task's runs separately, as the str
 single-task agents, gives intervals that are far too narrow. Tasks are fixed, never resampled. Estimates follow Agarwal
 et al.; t-intervals are shown below 10 seeds, where percentile bootstraps are far too narrow, bootstraps from 10 on,
 where they are a little too narrow. Both are optimistic where success comes close to 0 or 1, as few seeds seldom show
-the rare bad run.
+the rare bad run. Paired differences have the t-interval at every number of seeds, as it excludes 0 where the paired
+t-test rejects, and nowhere else.
 """
 
 from __future__ import annotations
@@ -129,7 +130,9 @@ def probability_of_improvement(a: Scores, b: Scores, seed: int = 0, resamples: i
 def paired_difference(a: Scores, b: Scores, seed: int = 0, resamples: int = RESAMPLES) -> PairedDifference | None:
     """Mean success of A minus that of B, by seed; None if they share no seed.
 
-    A seed fixes goals and initial networks, so what it makes easier or harder for both cancels in the difference.
+    A seed fixes goals and, for one algorithm and network, the initial parameters, so what it makes easier or harder for
+    both cancels in the difference. The interval is the t-interval whatever the number of seeds: the differences at
+    which a paired t-test at 5 % would not reject.
     """
     _same_tasks(a, b)
     shared = sorted(set(a.seeds) & set(b.seeds))
@@ -138,7 +141,7 @@ def paired_difference(a: Scores, b: Scores, seed: int = 0, resamples: int = RESA
     rows_a, rows_b = ([scores.seeds.index(run) for run in shared] for scores in (a, b))
     differences = a.values[rows_a].mean(1) - b.values[rows_b].mean(1)
     bounds = (a.bounds[0] - b.bounds[1], a.bounds[1] - b.bounds[0])
-    estimate = _over_seeds(differences[:, None], _mean, bounds, seed, resamples)
+    estimate = _over_seeds(differences[:, None], _mean, bounds, seed, resamples, paired=True)
     only_in_a, only_in_b = (tuple(sorted(set(scores.seeds) - set(shared))) for scores in (a, b))
     by_seed = dict(zip(shared, differences.tolist(), strict=True))
     return PairedDifference(by_seed, estimate, only_in_a, only_in_b)
@@ -163,6 +166,7 @@ def _over_seeds(
     bounds: tuple[float, float],
     seed: int,
     resamples: int,
+    paired: bool = False,
 ) -> Estimate:
     """A statistic of whole runs. The standard error of the t-interval is the jackknife's (Tukey 1958) over runs, which
     for a mean is the usual one and serves the interquartile mean too."""
@@ -172,7 +176,7 @@ def _over_seeds(
     without = statistic(np.stack([np.delete(values, run, axis=0) for run in range(n)]))
     error = (n - 1) / math.sqrt(n) * without.std(ddof=1)
     draws = statistic(values[np.random.default_rng(seed).integers(n, size=(resamples, n))])
-    return _estimate(value, (n,), _t_interval(value, error, n - 1, bounds), _percentiles(draws))
+    return _estimate(value, (n,), _t_interval(value, error, n - 1, bounds), _percentiles(draws), paired)
 
 
 def _t_interval(value: float, error: float, freedom: float, bounds: tuple[float, float]) -> Interval | None:
@@ -191,9 +195,13 @@ def _wide(low: float, high: float) -> Interval | None:
 
 
 def _estimate(
-    value: float, runs: tuple[int, ...], t_interval: Interval | None, bootstrap_interval: Interval | None
+    value: float,
+    runs: tuple[int, ...],
+    t_interval: Interval | None,
+    bootstrap_interval: Interval | None,
+    paired: bool = False,
 ) -> Estimate:
-    by_t = min(runs) < BOOTSTRAP_FROM
+    by_t = paired or min(runs) < BOOTSTRAP_FROM
     interval = t_interval if by_t else bootstrap_interval
     counted = " against ".join(f"{n} run{'s' * (n > 1)}" for n in runs)
     if min(runs) == 1:
@@ -201,7 +209,9 @@ def _estimate(
     elif interval is None:
         meaning = f"{counted}: no interval, as the runs do not differ in this number, which does not make it certain."
     else:
-        method = "t-interval" if by_t else "percentile bootstrap of whole runs"
+        method = (
+            "that of the paired t-test" if paired else "t-interval" if by_t else "percentile bootstrap of whole runs"
+        )
         level = LEVEL if by_t else _bootstrap_level(min(runs))
         meaning = (
             f"Nominal 95 % interval over seeds from {counted} ({method}): of such intervals, each from new seeds, "

@@ -16,7 +16,7 @@ import torch
 import yaml
 from tiny_world import TinyVectorEnv, make_world, tiny_config
 
-from mtrl_imgrad import cli, train
+from mtrl_imgrad import cli, config_sections, train
 from mtrl_imgrad import config as config_module
 from mtrl_imgrad.aggregators import AGGREGATORS, CAGrad, ConicGrad, IMGrad, Mean
 from mtrl_imgrad.cli import main
@@ -229,6 +229,7 @@ class TestMistakes:
             "--benchmark.tasks east": r"benchmark.tasks: the run has \['east', 'north'\], .* \['east'\]",
             "--network.kind multi_head": "network.kind: the run has 'mlp'",
             "--config quickstart": "the run has",
+            "--sac.steps 20": "sac.steps: the run has a checkpoint at step 40, so 20 is too few to resume it",
         }.items():
             assert re.search(message, fails(capsys, "train", "--resume", "run", *flags.split()))
         assert {path: path.read_bytes() for path in (work / "run").rglob("*") if path.is_file()} == before
@@ -455,9 +456,10 @@ def help_entries(text: str) -> dict[str, str]:
 
 
 def field_sentences() -> dict[str, tuple[str, object]]:
-    """Flag -> sentence and default, read from the source of config.py rather than from the parser."""
-    tree = ast.parse(Path(config_module.__file__).read_text())
-    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    """Flag -> sentence and default, read from the source of the configuration rather than from the parser."""
+    sources = [Path(module.__file__ or "").read_text() for module in (config_module, config_sections)]
+    nodes = [node for source in sources for node in ast.parse(source).body]
+    classes = {node.name: node for node in nodes if isinstance(node, ast.ClassDef)}
 
     def sentences(name: str) -> dict[str, str]:
         body = classes[name].body

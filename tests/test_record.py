@@ -22,7 +22,7 @@ from mtrl_imgrad.envs import MetaworldVectorEnv, make_goals
 from mtrl_imgrad.envs.rendering import graphics_library
 from mtrl_imgrad.evaluation import evaluate
 from mtrl_imgrad.playback import Show, make_env, play
-from mtrl_imgrad.record import RecordOptions, record
+from mtrl_imgrad.record import RecordOptions, chosen_goals, record
 from mtrl_imgrad.video import caption_height
 
 TASKS = ("reach-v3", "drawer-close-v3")
@@ -200,6 +200,16 @@ class TestFiles:
         assert earlier.read_text() == "an earlier video"
 
 
+@pytest.mark.parametrize(("available", "goals"), [(1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (50, [0, 24, 49])])
+def test_without_a_number_there_are_three_episodes_or_as_many_as_the_run_has_goals(available, goals):
+    assert chosen_goals(RecordOptions(Path("run")), available) == goals
+
+
+def test_goals_are_played_as_given_whatever_their_number():
+    assert chosen_goals(RecordOptions(Path("run"), goals=(0,)), 1) == [0]
+    assert chosen_goals(RecordOptions(Path("run"), goals=(4, 4, 0, 2, 1)), 5) == [4, 4, 0, 2, 1]
+
+
 class TestMistakes:
     @pytest.mark.usefixtures("needs_graphics")
     @pytest.mark.parametrize(
@@ -215,6 +225,7 @@ class TestMistakes:
             (("--speed", "nan"), "speed: nan is not above 0"),
             (("--goals", "0", "3"), "goals: 3 is not between 0 and 2"),
             (("--episodes", "4"), "episodes: 4 is not between 1 and 3"),
+            (("--episodes", "1", "--goals", "0"), "episodes: not allowed with goals"),
             (("--episodes", "0"), "episodes: 0 is not between 1 and 3"),
             (("--format", "avi"), "avi"),
             (("--task",), "task"),

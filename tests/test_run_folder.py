@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+import yaml
 from tiny_world import make_world, tiny_config
 from written_runs import TASKS, write_run
 
@@ -97,6 +98,20 @@ def test_an_evaluation_before_the_planned_end_is_not_the_final_one(tmp_path):
     assert (run.final_success, run.finished, run.last_step) == (None, False, 1000)
 
 
+def test_a_run_that_was_trained_beyond_its_plan_is_not_finished(tmp_path):
+    """Its success took more steps than config.yaml says."""
+    folder = write_run(tmp_path / "run", final=DONE, steps=1000)
+    _checkpoint(folder, 1000)
+    text = (folder / "config.yaml").read_text()
+    (folder / "config.yaml").write_text(text.replace("steps: 1000", "steps: 800"))
+    run = read_run_folder(folder)
+    assert (run.final_success, run.finished, run.last_step) == (None, False, 1000)
+    (folder / "config.yaml").write_text(
+        text.replace("steps: 1000", "steps: 800").replace("final: true", "final: false")
+    )
+    assert not read_run_folder(folder).finished
+
+
 def test_training_ends_after_whole_vector_steps(tmp_path):
     folder = write_run(tmp_path / "run", "--envs.envs-per-task", "3", final=DONE, steps=1000)
     (folder / "eval.csv").write_text((folder / "eval.csv").read_text().replace("1000,", "999,"))
@@ -125,6 +140,29 @@ def test_all_versions_of_a_resumed_run_are_told(tmp_path):
     run = read_run_folder(folder)
     assert run.package("mujoco") == "3.2.0, then 3.3.0"
     assert run.package("metaworld") == "unknown"
+
+
+def test_a_rule_that_the_folder_names_is_read_and_never_imported(tmp_path, monkeypatch):
+    """The module lies where `module:Class` is looked for, and would say that it was imported."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "their_rules.py").write_text("raise SystemExit('imported')\n")
+    folder = write_run(tmp_path / "run", final=DONE)
+    plain = yaml.safe_load((folder / "config.yaml").read_text())
+    plain["aggregator"] = {"name": "their_rules:Rule", "power": 2.0}
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain))
+    run = read_run_folder(folder)
+    assert run.method == "their_rules:Rule"
+    assert run.settings["aggregator"] == {"name": "their_rules:Rule", "power": 2.0}
+    assert run.finished
+
+
+@pytest.mark.parametrize("rule", ["imgrad", {}, {"name": ["imgrad"]}, {"name": "imgrad", "strength": 3}])
+def test_a_damaged_aggregator_is_told(tmp_path, rule):
+    folder = write_run(tmp_path / "run")
+    plain = yaml.safe_load((folder / "config.yaml").read_text())
+    (folder / "config.yaml").write_text(yaml.safe_dump(plain | {"aggregator": rule}))
+    with pytest.raises(ValueError, match=r"configuration of this version|aggregator\.strength"):
+        read_run_folder(folder)
 
 
 def test_goals_are_equal_where_goals_json_is(tmp_path):

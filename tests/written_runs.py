@@ -28,6 +28,7 @@ def write_run(
     progress: Sequence[Mapping[str, float]] = (),
     steps: int = 1000,
     versions: Mapping[str, str] = VERSIONS,
+    starts: Sequence[int] = (0,),
     goals: Any = None,
 ) -> Path:
     """Write a run folder.
@@ -41,7 +42,8 @@ def write_run(
         training: step -> goals reached of 5 in every task at the evaluations during training.
         progress: rows of progress.csv.
         steps: planned simulator steps per task.
-        versions: the entry of versions.json.
+        versions: what every entry of versions.json says.
+        starts: steps from which training started and was resumed, one for each entry.
         goals: content of goals.json; by default that which the seed stands for.
     """
     base = ["--benchmark.tasks", "reach-v3", "--benchmark.goals", str(GOALS), "--eval.horizon", "100"]
@@ -50,7 +52,7 @@ def write_run(
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
     (folder / "command.txt").write_text(f"mtrl-imgrad train --seed {seed}\n")
-    (folder / "versions.json").write_text(json.dumps([{"from_step": 0} | dict(versions)]))
+    (folder / "versions.json").write_text(json.dumps([{"from_step": step} | dict(versions) for step in starts]))
     if goals is None:
         goals = {"goal_seed": seed, "goals": {task: [[float(seed)]] for task in tasks}}
     (folder / "goals.json").write_text(json.dumps(goals))

@@ -70,7 +70,7 @@ class PlannedRun:
             return "to do"
         found = read_run_folder(self.folder)
         try:
-            refuse_changes(to_dict(found.config), to_dict(self.config))
+            refuse_changes(dict(found.settings), to_dict(self.config))
             if found.config.sac.steps > self.config.sac.steps:
                 raise UserError(f"sac.steps: the run has {found.config.sac.steps}, more than {self.config.sac.steps}.")
         except UserError as error:

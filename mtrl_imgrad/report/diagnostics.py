@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from jaxtyping import Float
 
-from mtrl_imgrad.report.groups import Group
+from mtrl_imgrad.report.groups import Group, sharing
 from mtrl_imgrad.run_folder import RunFolder
 
 SIDES = ("critic", "actor")
@@ -25,10 +25,15 @@ POINTS = 120
 
 @dataclass(frozen=True)
 class Lines:
-    """A tag of progress.csv over training: each seed, and the mean over seeds at each point."""
+    """A tag of progress.csv over training: each seed that has it, and the mean over these at each point."""
 
     steps: Float[np.ndarray, " points"]
     by_seed: Mapping[int, Float[np.ndarray, " points"]]
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """Seeds of the runs that it is from."""
+        return tuple(self.by_seed)
 
     @property
     def mean(self) -> Float[np.ndarray, " points"]:
@@ -51,11 +56,13 @@ class Cost:
 
 
 def lines(group: Group, tag: str) -> Lines | None:
-    """A tag at the steps at which all of the group's runs have it, averaged to `POINTS`; None if there are none."""
-    known = {seed: _known(run, tag) for seed, run in group.runs.items()}
-    shared = sorted(set.intersection(*(set(values) for values in known.values())))
-    if not shared:
+    """A tag at the steps at which all of the group's runs that have it have it, averaged to `POINTS`; None if no run
+    has it. A run whose rows are at other steps than those of all others is left out (`groups.sharing`)."""
+    known = {seed: values for seed, run in group.runs.items() if (values := _known(run, tag))}
+    if not known:
         return None
+    known = {seed: known[seed] for seed in sharing({seed: set(values) for seed, values in known.items()})}
+    shared = sorted(set.intersection(*(set(values) for values in known.values())))
     size = -(-len(shared) // POINTS)  # the last point may have fewer rows
 
     def averaged(values: Sequence[float]) -> Float[np.ndarray, " points"]:
@@ -65,30 +72,49 @@ def lines(group: Group, tag: str) -> Lines | None:
     return Lines(averaged(shared), by_seed)
 
 
-def task_weights(
-    group: Group, side: str, tasks: Sequence[str]
-) -> tuple[Float[np.ndarray, " points"], Float[np.ndarray, "tasks points"]] | None:
+@dataclass(frozen=True)
+class Weights:
+    """Weights of tasks over training, mean over seeds.
+
+    Attributes:
+        steps: of the points.
+        relative: over the mean size of all weights.
+        seeds: of the runs that they are from.
+    """
+
+    steps: Float[np.ndarray, " points"]
+    relative: Float[np.ndarray, "tasks points"]
+    seeds: tuple[int, ...]
+
+
+def task_weights(group: Group, side: str, tasks: Sequence[str]) -> Weights | None:
     """The aggregator's weight of each task over the mean size of all weights, mean over seeds: 1 is the share that the
     plain mean gives to every task, whatever the scale of the rule. None where the runs logged no weights."""
     found = [lines(group, f"gradients/{side}/weight/{task}") for task in tasks]
     kept = [line for line in found if line is not None]
-    if len(kept) < len(tasks) or len({len(line.steps) for line in kept}) > 1:
+    if len(kept) < len(tasks) or len({(len(line.steps), tuple(line.by_seed)) for line in kept}) > 1:
         return None
     weights = np.stack([list(line.by_seed.values()) for line in kept])  # [tasks, seeds, points]
     sizes = np.abs(weights).mean(0)
     relative = np.divide(weights, sizes, out=np.zeros_like(weights), where=sizes > 0)
-    return kept[0].steps, relative.mean(1)
+    return Weights(kept[0].steps, relative.mean(1), tuple(kept[0].by_seed))
 
 
 def cost(run: RunFolder) -> Cost | None:
     """What a run took so far; None before its first row."""
-    elapsed = run.progress.get("time/elapsed", np.zeros(0))
-    elapsed = elapsed[np.isfinite(elapsed)]
-    if not len(elapsed):
+    elapsed = _known(run, "time/elapsed")
+    if not elapsed:
         return None
-    # The clock starts anew with each resume: the last value before each fall, and the last one, are added up.
-    ends = np.append(np.flatnonzero(np.diff(elapsed) < 0), len(elapsed) - 1)
-    return Cost(float(elapsed[ends].sum() / 60), *(_median(run, f"time/{name}_ms") for name in ("update", "stepping")))
+    # The clock starts anew with each resume, and a resume removes the rows after the step that it goes on from: the
+    # last value of each part is added up. A fall of the clock would not show a part that took longer than all before.
+    starts: list[int] = []
+    for entry in run.versions:
+        start = int(entry.get("from_step", 0))
+        starts = [*(earlier for earlier in starts if earlier < start), start]
+    steps = list(elapsed)
+    parts = np.searchsorted(starts, steps, side="left")
+    seconds = sum({part: elapsed[step] for part, step in zip(parts.tolist(), steps, strict=True)}.values())
+    return Cost(seconds / 60, *(_median(run, f"time/{name}_ms") for name in ("update", "stepping")))
 
 
 def _known(run: RunFolder, tag: str) -> dict[float, float]:

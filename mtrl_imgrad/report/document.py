@@ -91,7 +91,7 @@ def _facts(results: Results) -> dict[str, str]:
         "Protocol": f"{config.protocol}: {config.benchmark.reward} reward, episodes of {config.eval.horizon} steps, "
         f"{config.benchmark.goals} goals of each task once, deterministic policy; goals are those of training",
         "Budget": f"{config.sac.steps:,} simulator steps per task, "
-        f"{config.sac.steps * len(results.tasks):,} transitions",
+        f"{config.sac.steps * len(results.tasks):,} over all tasks",
         "Tasks": f"{len(results.tasks)}: {', '.join(results.tasks)}",
         "Groups": ", ".join(one.label for one in results.groups),
         "Seeds": f"{count} per group, {len(runs)} runs",
@@ -109,6 +109,11 @@ def _notices(results: Results) -> list[str]:
             f"Not finished: {len(going)} of {len(selection.runs)} runs. They have no final success yet and count in "
             "the curves only; a group's curve ends where its slowest run is."
         )
+    notices += [
+        f"Not in the curves: {label} seed {seed}, which was evaluated at none of the steps of the group's other runs."
+        for label, curve in results.curves.items()
+        for seed in curve.left_out
+    ]
     differing = selection.other_differences
     if differing:
         fields = (f"{field} ({', '.join(dict.fromkeys(values.values()))})" for field, values in differing.items())

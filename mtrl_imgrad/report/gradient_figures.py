@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
 
-from mtrl_imgrad.report.diagnostics import DIAGNOSTICS, SIDES, lines, task_weights
+from mtrl_imgrad.report.diagnostics import DIAGNOSTICS, SIDES, Lines, Weights, lines, task_weights
 from mtrl_imgrad.report.drawing import WIDTH, Made, Styles, columns_of, cut, plain_numbers, step_axis, wrapped
 from mtrl_imgrad.report.results import Results
 
@@ -51,8 +52,8 @@ def diagnostics(results: Results, styles: Styles) -> Made:
     caption = (
         "Gradients of the tasks' losses with respect to the shared parameters. Thick: mean over seeds. Thin: every "
         "seed. Each point is the mean over the rows of progress.csv around it. cos theta, where a rule has it, is the "
-        "cosine between the mean gradient and the minimum-norm point of the gradients' hull."
-    )
+        "cosine between the mean gradient and the minimum-norm point of the gradients' hull. "
+    ) + _runs_used(results, {label: [line[label] for line in found.values()] for label in handles})
     return figure, "Cosine, conflict, norm ratio and cos theta of task gradients over training.", caption
 
 
@@ -65,7 +66,7 @@ def weights(results: Results, styles: Styles) -> Made:
     height = 0.55 + max(1.0, 0.16 * tasks if tasks <= 20 else 0.115 * tasks)
     figure = Figure(figsize=(WIDTH, 0.9 + height * len(shown)), layout="constrained")
     panels = figure.subplots(len(shown), len(SIDES), squeeze=False, sharex=True)
-    values = np.concatenate([side[1].ravel() for sides in shown.values() for side in sides if side])
+    values = np.concatenate([side.relative.ravel() for sides in shown.values() for side in sides if side])
     low, high = np.quantile(values, [0.02, 0.98])
     norm = TwoSlopeNorm(1.0, min(0.0, low), max(2.0, high))
     names = [cut(task, 26) for task in results.tasks]
@@ -78,8 +79,8 @@ def weights(results: Results, styles: Styles) -> Made:
             axes.tick_params(axis="y", left=column == 0, labelleft=column == 0)
             axes.set_title(f"{wrapped(label, 40)}, {SIDES[column]}", fontsize=8)
             if side:
-                borders = (_edges(side[0]), np.arange(tasks + 1))
-                axes.pcolormesh(*borders, side[1], cmap="PuOr_r", norm=norm, rasterized=True)
+                borders = (_edges(side.steps), np.arange(tasks + 1))
+                axes.pcolormesh(*borders, side.relative, cmap="PuOr_r", norm=norm, rasterized=True)
             step_axis(axes)
     mappable = ScalarMappable(norm, "PuOr_r")
     bar = figure.colorbar(
@@ -88,9 +89,21 @@ def weights(results: Results, styles: Styles) -> Made:
     bar.set_label("weight over the mean size of all weights, against simulator steps per task")
     caption = (
         "Weight of each task in the direction, over the mean size of all weights, mean over seeds: 1 (white) is the "
-        "share that the plain mean gives to every task. A weight multiplies a gradient, and these differ in norm."
-    )
+        "share that the plain mean gives to every task. A weight multiplies a gradient, and these differ in norm. "
+    ) + _runs_used(results, shown)
     return figure, "Heat maps of the weight of each task over training, for the critic and the actor.", caption
+
+
+def _runs_used(results: Results, shown: Mapping[str, Sequence[Lines | Weights | None]]) -> str:
+    """How many runs of each group are in what is shown of it; those without rows yet are not."""
+    used: list[str] = []
+    for one in results.groups:
+        counts = [len(item.seeds) for item in shown.get(one.label, ()) if item]
+        if counts:
+            fewest, most = min(counts), max(counts)
+            shown_count = f"{most}" if fewest == most else f"{fewest} to {most}"
+            used.append(f"{one.label} {shown_count} of {len(one.group.runs)}")
+    return f"Runs with these rows: {', '.join(used)}."
 
 
 def _edges(steps: Float[np.ndarray, " some"]) -> Float[np.ndarray, " some"]:

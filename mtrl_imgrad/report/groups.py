@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mtrl_imgrad.config import method_name, to_dict, uses
+from mtrl_imgrad.config import uses
 from mtrl_imgrad.overlays import CHANGEABLE
 from mtrl_imgrad.run_folder import RunFolder
 
@@ -92,6 +92,19 @@ def select(runs: Sequence[RunFolder]) -> Selection:
     return Selection(tuple(groups), tuple(left_out), _other_differences(groups))
 
 
+def sharing(steps: Mapping[int, Set[float]]) -> list[int]:
+    """Seeds, ascending, of runs that have a step in common, so that their mean over seeds exists: all seeds where all
+    have one, else those with the most steps first, each that shares one with all before it."""
+    kept: list[int] = []
+    common: Set[float] = frozenset()
+    for seed in sorted(steps, key=lambda seed: (-len(steps[seed]), seed)):
+        still = steps[seed] & common if kept else steps[seed]
+        if still:
+            kept.append(seed)
+            common = still
+    return sorted(kept)
+
+
 def _largest_consistent(runs: Sequence[RunFolder]) -> tuple[list[RunFolder], list[LeftOut]]:
     facts = [{name: fact(run) for name, fact in MUST_AGREE.items()} for run in runs]
     keys = [tuple(fact.values()) for fact in facts]
@@ -124,13 +137,13 @@ def _settings(run: RunFolder) -> dict[str, str]:
     read."""
     fields = {
         name: value
-        for name, value in _flat(to_dict(run.config)).items()
+        for name, value in _flat(run.settings).items()
         if name != "algorithm"
         and uses(run.config.algorithm, name)
         and not any(name == ignored or name.startswith(f"{ignored}.") for ignored in IGNORED)
     }
     # MT10 and its ten tasks are the same.
-    return fields | {"benchmark.tasks": " ".join(run.tasks), "name": method_name(run.config)}
+    return fields | {"benchmark.tasks": " ".join(run.tasks), "name": run.method}
 
 
 def _flat(section: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

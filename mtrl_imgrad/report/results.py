@@ -11,7 +11,7 @@ from jaxtyping import Float, Int
 from scipy import stats
 
 from mtrl_imgrad.config import Config
-from mtrl_imgrad.report.groups import Group, Selection
+from mtrl_imgrad.report.groups import Group, Selection, sharing
 from mtrl_imgrad.run_folder import RunFolder
 from mtrl_imgrad.statistics import (
     LEVEL,
@@ -36,13 +36,15 @@ THRESHOLDS = (0.5, 0.8)
 
 @dataclass(frozen=True)
 class Curve:
-    """Success against steps of one group, at the evaluations that all of its runs have."""
+    """Success against steps of one group, at the evaluations that all of its runs have; `left_out` are seeds of runs
+    that were evaluated at none of these."""
 
     steps: Int[np.ndarray, " steps"]
     estimates: Sequence[Estimate]
     by_seed: Mapping[int, Float[np.ndarray, " steps"]]
     to_reach: tuple[StepsToReach, ...]
     """One for each of `THRESHOLDS`."""
+    left_out: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class Final:
 
 @dataclass(frozen=True)
 class GroupResults:
-    """One group; `final` is None until a run has it, `curve` where the runs share no evaluation yet."""
+    """One group; `final` is None until a run has it, `curve` until a run was evaluated."""
 
     group: Group
     final: Final | None
@@ -153,13 +155,15 @@ def _final(group: Group, tasks: Sequence[str]) -> Final | None:
 
 def _curve(group: Group, tasks: Sequence[str]) -> Curve | None:
     found = {seed: run.training_curve for seed, run in group.runs.items()}
-    runs = {seed: _in_order(curve, tasks) for seed, curve in found.items() if curve}
-    shared = set.intersection(*({int(step) for step in curve.steps} for curve in runs.values())) if runs else set()
-    if not shared:
+    evaluated = {seed: _in_order(curve, tasks) for seed, curve in found.items() if curve}
+    if not evaluated:
         return None
+    shared = sharing({seed: {int(step) for step in curve.steps} for seed, curve in evaluated.items()})
+    runs = {seed: curve for seed, curve in evaluated.items() if seed in shared}
     steps, estimates = mean_curve(runs)
     by_seed = {seed: curve.success[np.isin(curve.steps, steps)].mean(1) for seed, curve in runs.items()}
-    return Curve(steps, estimates, by_seed, tuple(steps_to_reach(runs, threshold) for threshold in THRESHOLDS))
+    to_reach = tuple(steps_to_reach(runs, threshold) for threshold in THRESHOLDS)
+    return Curve(steps, estimates, by_seed, to_reach, tuple(seed for seed in evaluated if seed not in shared))
 
 
 def _in_order(curve: SuccessCurve, tasks: Sequence[str]) -> SuccessCurve:

@@ -60,6 +60,8 @@ def state(run: RunFolder) -> str:
         return "finished"
     if run.finished:
         return f"trained, not evaluated: mtrl-imgrad evaluate {run.path}"
+    if run.last_step > run.planned_steps:
+        return f"trained to step {run.last_step:,}, beyond the {run.planned_steps:,} of its config.yaml"
     return f"at step {run.last_step:,} of {run.planned_steps:,}"
 
 

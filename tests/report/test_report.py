@@ -11,6 +11,7 @@ from written_runs import write_run
 
 from mtrl_imgrad import cli
 from mtrl_imgrad.report.command import console_text, write_report
+from mtrl_imgrad.report.diagnostics import lines
 from mtrl_imgrad.report.groups import select
 from mtrl_imgrad.report.results import results
 from mtrl_imgrad.report.tables import reach_table, verdict
@@ -108,7 +109,7 @@ def test_the_page_says_what_its_numbers_are_about(two_groups):
     text = " ".join("".join(_page(two_groups).itertext()).split())
     for words in (
         "custom (v2 reward, horizon 100, 10 goals)",
-        "1,000 simulator steps per task, 2,000 transitions",
+        "1,000 simulator steps per task, 2,000 over all tasks",
         "2: reach-v3, push-v3",
         "3 per group, 6 runs",
         "Meta-World 3.1.1, MuJoCo 3.3.0",
@@ -166,6 +167,28 @@ def test_an_unfinished_run_counts_in_the_curve_and_its_final_success_is_missing(
     assert [estimate.value for estimate in curve.estimates] == pytest.approx([1 / 3, 1.6 / 3])
 
 
+def test_a_run_that_was_trained_beyond_its_plan_has_no_final_success(tmp_path):
+    """Otherwise a success after 1500 steps would stand among those after 1000."""
+    _group(tmp_path / "runs", "mean", {1: (6, 4)}, training={500: 2, 1000: 4})
+    write_run(
+        tmp_path / "runs" / "longer", "--aggregator", "mean", seed=2, steps=1500, final={"reach-v3": 9, "push-v3": 9}
+    )
+    config = tmp_path / "runs" / "longer" / "config.yaml"
+    config.write_text(config.read_text().replace("steps: 1500", "steps: 1000"))
+    report = write_report([tmp_path / "runs"], tmp_path / "report")
+    assert report.final.rows[0][1:3] == ("1 of 2", "0.50")
+    assert any("mean seed 2 (trained to step 1,500, beyond the 1,000 of" in note for note in report.final.notes)
+
+
+def test_a_run_without_a_shared_evaluation_is_named_and_the_others_have_their_curve(tmp_path):
+    _group(tmp_path / "runs", "mean", {1: (6, 4), 2: (8, 6)}, training={500: 1, 1000: 4})
+    write_run(tmp_path / "runs" / "odd", "--aggregator", "mean", seed=3, training={333: 5})
+    report = write_report([tmp_path / "runs"], tmp_path / "report")
+    curve = _results(tmp_path / "runs").curves["mean"]
+    assert (list(curve.by_seed), curve.steps.tolist(), curve.left_out) == ([1, 2], [500, 1000], (3,))
+    assert any("Not in the curves: mean seed 3" in notice for notice in report.notices)
+
+
 def test_runs_that_have_only_begun_make_a_report(tmp_path):
     write_run(tmp_path / "runs" / "a")
     report = write_report([tmp_path / "runs"], tmp_path / "report")
@@ -221,13 +244,31 @@ def test_gradients_and_cost_are_reported(tmp_path):
     rows = [
         {"step": step, "time/elapsed": elapsed, "time/update_ms": 4.0, "time/stepping_ms": 2.0}
         | {f"gradients/{side}/{tag}": 0.5 for side in ("critic", "actor") for tag in tags}
-        for step, elapsed in ((200, 60.0), (400, 120.0), (600, 30.0), (1000, 90.0))  # resumed after 400
+        for step, elapsed in ((200, 60.0), (400, 120.0), (600, 150.0), (1000, 390.0))
     ]
-    _group(tmp_path / "runs", "mean", {1: (6, 4)}, progress=rows)
+    # Resumed twice from 400 and once from 600: 120 s, nothing, 150 s and 390 s, though the clock never falls.
+    _group(tmp_path / "runs", "mean", {1: (6, 4)}, progress=rows, starts=(0, 400, 400, 600))
     write_report([tmp_path / "runs"], tmp_path / "report")
-    assert _tables(tmp_path / "report")["Cost"] == [["mean", "1 of 1", "3.5", "4.00", "2.00"]]
+    assert _tables(tmp_path / "report")["Cost"] == [["mean", "1 of 1", "11.0", "4.00", "2.00"]]
     figures = {path.stem for path in (tmp_path / "report" / "figures").iterdir()}
     assert {"diagnostics", "weights"} <= figures
+
+
+def test_a_run_without_rows_leaves_the_gradients_of_the_others(tmp_path):
+    tags = ("cosine_mean", "weight/reach-v3", "weight/push-v3")
+    rows = [
+        {"step": step} | {f"gradients/{side}/{tag}": value for side in ("critic", "actor") for tag in tags}
+        for step, value in ((500, 0.25), (1000, 0.5))
+    ]
+    _group(tmp_path / "runs", "mean", {1: (6, 4), 2: (8, 6)}, progress=rows)
+    write_run(tmp_path / "runs" / "begun", "--aggregator", "mean", seed=3, progress=[{"step": 100}])
+    write_report([tmp_path / "runs"], tmp_path / "report")
+    (group,) = _results(tmp_path / "runs").groups
+    line = lines(group.group, "gradients/critic/cosine_mean")
+    assert line is not None
+    assert (line.seeds, line.mean.tolist()) == ((1, 2), [0.25, 0.5])
+    captions = [caption.text or "" for caption in _page(tmp_path / "report").iter("figcaption")]
+    assert sum("Runs with these rows: mean 2 of 3." in caption for caption in captions) == 2
 
 
 def test_fifty_tasks_are_all_in_table_and_heat_map(tmp_path):
