@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from mtrl_imgrad.report import tables
 from mtrl_imgrad.report.figures import Drawn
 from mtrl_imgrad.report.results import Results
+from mtrl_imgrad.report.settings import baseline_notices, machine, settings_table, what_a_seed_fixes
 from mtrl_imgrad.report.tables import Table
 from mtrl_imgrad.run_folder import RunFolder
 
@@ -58,6 +59,7 @@ def document(results: Results, figures: Sequence[Drawn]) -> Document:
         sections=tuple(
             section
             for section in (
+                _section("Settings", settings_table(results)),
                 _section("Final success", _final_text(results), tables.final_table(results), drawn.get("final")),
                 _section("Success against steps", _curve_text(goals), drawn.get("curves"), drawn.get("curves_by_seed")),
                 _section("Steps to reach a success rate", _any_rows(tables.reach_table(results))),
@@ -86,6 +88,7 @@ def _benchmark(results: Results) -> str:
 def _facts(results: Results) -> dict[str, str]:
     config, runs = results.config, results.selection.runs
     seeds = {len(one.group.runs) for one in results.groups}
+    machines = machine(runs)
     count = f"{min(seeds)}" if len(seeds) == 1 else f"{min(seeds)} to {max(seeds)}"
     return {
         "Protocol": f"{config.protocol}: {config.benchmark.reward} reward, episodes of {config.eval.horizon} steps, "
@@ -97,7 +100,7 @@ def _facts(results: Results) -> dict[str, str]:
         "Seeds": f"{count} per group, {len(runs)} runs",
         "Versions": f"Meta-World {runs[0].package('metaworld')}, MuJoCo {runs[0].package('mujoco')}, torch "
         + " or ".join(sorted({run.package("torch") for run in runs})),
-    }
+    } | ({"Computing": machines} if machines else {})
 
 
 def _notices(results: Results) -> list[str]:
@@ -118,7 +121,7 @@ def _notices(results: Results) -> list[str]:
     if differing:
         fields = (f"{field} ({', '.join(dict.fromkeys(values.values()))})" for field, values in differing.items())
         notices.append(f"Groups differ in more than their aggregator: {'; '.join(fields)}.")
-    return notices
+    return notices + baseline_notices(selection)
 
 
 def _final_text(results: Results) -> str:
@@ -154,10 +157,7 @@ def _any_columns(table: Table) -> Table | None:
 def _differences(results: Results) -> tuple[Part, ...]:
     if not results.pairs:
         return ("There are no two groups with a final success.",)
-    text = (
-        "A seed fixes goals and initial networks, so what it makes easier or harder for both groups cancels in the "
-        "difference. Only runs with the same seed and the same goals are paired."
-    )
+    text = what_a_seed_fixes(results.pairs, results.selection.groups)
     return (text, *tables.verdict(results.pairs), tables.difference_table(results))
 
 
