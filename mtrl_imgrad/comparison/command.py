@@ -92,13 +92,13 @@ def command_compare(arguments: Sequence[str]) -> int:
     logs = out / "logs"
     try:
         with contextlib.ExitStack() as open_while_running, told_as_user_errors():
-            out.mkdir(parents=True, exist_ok=True)
-            lock = FolderLock(out, "out")
-            open_while_running.callback(lock.release)
             start: Callable[[PlannedRun], StartedRun] = functools.partial(start_here, divided=divided, logs=logs)
             if on_cluster:  # how many run at once is Ray's to say
                 cluster = on_ray(options.address, options.cpus, options.gpus, divided, logs)
                 start, at_once = open_while_running.enter_context(cluster), len(runs)
+            out.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(out, "out")
+            open_while_running.callback(lock.release)
             tell_start(runs, out, arguments)
             progress = run_all(runs, start, at_once, open_while_running.enter_context(progress_view(runs)))
     except KeyboardInterrupt:

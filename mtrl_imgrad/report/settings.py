@@ -16,18 +16,18 @@ OF_THE_MACHINE = ("device", "precision", "compile", "threads")
 
 
 def settings_table(results: Results) -> Table:
-    """One row for each field that tells what a group is: all of its aggregator, or of the section `sb3` for a baseline,
-    and each in which groups that read it differ."""
+    """The fields that tell what each group is: all of its aggregator, or of the section `sb3` for a baseline, and each
+    in which groups that read it differ."""
     differing = results.selection.other_differences
-    rows: list[tuple[str, str, str]] = []
+    rows: list[tuple[str, str]] = []
     for group in results.selection.groups:
         fields = own_fields(_first(group))
         fields |= {name: values[group.label] for name, values in differing.items() if group.label in values}
-        rows += [(group.label, name, value) for name, value in fields.items()]
+        rows.append((group.label, ", ".join(f"{name}={value}" for name, value in fields.items())))
     note = (
         "All fields of the aggregator, or of the baseline, and every other field in which groups that read it differ."
     )
-    return Table(("", "field", "value"), tuple(rows), (f"{note} The rest is in config.yaml of each run.",))
+    return Table(("", "settings"), tuple(rows), (f"{note} The rest is in config.yaml of each run.",))
 
 
 def own_fields(run: RunFolder) -> dict[str, str]:

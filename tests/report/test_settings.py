@@ -17,10 +17,8 @@ def _results(*folders):
 
 def _settings(*folders):
     """Group -> field -> value."""
-    found: dict[str, dict[str, str]] = {}
-    for label, field, value in settings_table(_results(*folders)).rows:
-        found.setdefault(label, {})[field] = value
-    return found
+    rows = settings_table(_results(*folders)).rows
+    return {label: dict(pair.split("=") for pair in cells.split(", ")) for label, cells in rows}
 
 
 def _section(text, title):
