@@ -86,7 +86,7 @@ def compare(oracle: Oracle, ours: MetaworldVectorEnv, episodes: int) -> Counter:
             assert not terminated.any()
         met["ends"] += int(truncated.sum())
         met["successes"] += int(succeeded.sum())
-        goals = ours.state_dict()["goal"][::each]
+        goals = ours.state_dict()["start"]["goal"][::each]
     return met
 
 
