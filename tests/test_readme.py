@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from mtrl_imgrad import cli
+from mtrl_imgrad import cli, overlays
 from mtrl_imgrad.agent import Agent
 from mtrl_imgrad.bench.command import bench_options
 from mtrl_imgrad.comparison.command import planned
@@ -38,8 +38,9 @@ def commands() -> list[list[str]]:
 @pytest.fixture
 def short_runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Runs start in an empty folder and end after a few updates."""
-    parse = cli.parse_config
-    monkeypatch.setattr(cli, "parse_config", lambda arguments, base=None: parse([*arguments, *SHORT], base))
+    parse = overlays.parse_config
+    for module in (cli, overlays):  # what commands call, and what the text imports
+        monkeypatch.setattr(module, "parse_config", lambda arguments, base=None: parse([*arguments, *SHORT], base))
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(sys.modules, "my_rules", raising=False)
     return tmp_path
@@ -90,6 +91,7 @@ def test_training_and_loading_from_python(short_runs):
     exec(source, names)
     assert isinstance(names["run"], Path)
     assert isinstance(names["agent"], Agent)
+    assert names["agent"].step == 400, "the run was shortened"
     assert np.shape(names["action"]) == (4,)
 
 
