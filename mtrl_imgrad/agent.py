@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,6 +17,7 @@ from mtrl_imgrad.baselines.sb3_policy import load_policies
 from mtrl_imgrad.checkpoint import newest_checkpoint, read_config, read_part
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.evaluation import Episode, evaluate, write_rows
+from mtrl_imgrad.files import read_object
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.run import choose_device
 from mtrl_imgrad.world import metaworld
@@ -152,7 +152,7 @@ def evaluate_run(run: str | Path, device: str = "auto") -> tuple[list[Episode], 
     """
     folder, chosen = Path(run), choose_device(device)
     agent = load(folder, str(chosen))
-    world = metaworld(agent.config, json.loads((folder / "goals.json").read_text()))
+    world = metaworld(agent.config, read_object(folder / "goals.json"))
     envs = world.evaluation(None)
     try:
         goals = np.arange(world.goals)

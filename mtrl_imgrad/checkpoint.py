@@ -31,7 +31,8 @@ from torch import Tensor
 
 from mtrl_imgrad.aggregators import AGGREGATORS
 from mtrl_imgrad.config import Config, from_dict, method_name, to_dict
-from mtrl_imgrad.files import FolderLock, write_whole
+from mtrl_imgrad.files import FolderLock, check_place, write_whole
+from mtrl_imgrad.strict_yaml import read_mapping
 from mtrl_imgrad.version import __version__
 
 FORMAT = 2
@@ -74,8 +75,7 @@ def create_run(config: Config, goals: Any) -> FolderLock:
 
 
 def _given_folder(folder: Path) -> FolderLock:
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"run_dir: {folder} is a file.")
+    check_place("run_dir", folder)
     folder.mkdir(parents=True, exist_ok=True)
     _refuse_occupied(folder)  # before the lock's file is put there
     lock = FolderLock(folder)
@@ -126,8 +126,8 @@ def read_config(folder: Path) -> Config:
     Raises:
         ValueError: the folder is not a run's, or its configuration is from another version.
     """
-    with _told_of(folder):
-        return from_dict(_read_yaml(folder))
+    with _told_of(folder) as path:
+        return from_dict(read_mapping(path))
 
 
 def read_settings(folder: Path) -> tuple[dict[str, Any], Config]:
@@ -140,31 +140,27 @@ def read_settings(folder: Path) -> tuple[dict[str, Any], Config]:
     Raises:
         ValueError: the folder is not a run's, or its configuration is from another version.
     """
-    with _told_of(folder):
-        plain = _read_yaml(folder)
-        rule = plain["aggregator"]
-        if rule["name"] in AGGREGATORS:
+    with _told_of(folder) as path:
+        plain = read_mapping(path)
+        rule = plain.get("aggregator")
+        name = rule.get("name") if isinstance(rule, dict) else None
+        if not isinstance(name, str) or name in AGGREGATORS:
             config = from_dict(plain)
             return to_dict(config), config
-        config = from_dict({name: value for name, value in plain.items() if name != "aggregator"})
+        config = from_dict({key: value for key, value in plain.items() if key != "aggregator"})
         return to_dict(config) | {"aggregator": rule}, config
 
 
-def _read_yaml(folder: Path) -> Any:
-    path = folder / "config.yaml"
-    if not path.is_file():
-        raise ValueError(f"run: {folder} is no run folder; it has no config.yaml.")
-    return yaml.safe_load(path.read_text())
-
-
 @contextlib.contextmanager
-def _told_of(folder: Path) -> Iterator[None]:
-    """What a damaged configuration raises, as one ValueError that names it."""
+def _told_of(folder: Path) -> Iterator[Path]:
+    """A run's config.yaml, and what it raises where it is damaged as one ValueError that names it."""
+    path = folder / "config.yaml"
+    if not os.path.isfile(path):  # noqa: PTH113  (Path's own raises where a name is too long)
+        raise ValueError(f"run: {folder} is no run folder; it has no config.yaml.")
     try:
-        yield
-    except (yaml.YAMLError, AttributeError, TypeError, KeyError, UnicodeDecodeError) as error:
-        path = folder / "config.yaml"
-        raise ValueError(f"run: {path} is not a configuration of this version ({type(error).__name__}).") from None
+        yield path
+    except (ValueError, OSError) as error:
+        raise ValueError(f"run: {path} is not a configuration of this version: {error}") from None
 
 
 def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:

@@ -26,7 +26,7 @@ from mtrl_imgrad.envs.worker_pool import WorkerError
 from mtrl_imgrad.interruption import Stopped
 from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.overlays import configs_folder, parse_config, refuse_changes, refuse_fewer_steps, take_options
-from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
+from mtrl_imgrad.parsing import PROGRAM, UserError, parse, printable, told_as_user_errors
 from mtrl_imgrad.record import command_record
 from mtrl_imgrad.report.command import command_report
 
@@ -154,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{PROGRAM}: interrupted", file=sys.stderr)
         return 130
     except UserError as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(printable(f"{PROGRAM}: {error}"), file=sys.stderr)
         return 2
     except (WorkerError, NonFiniteError) as error:
-        print(f"{PROGRAM}: {error}", file=sys.stderr)
+        print(printable(f"{PROGRAM}: {error}"), file=sys.stderr)
         return 1

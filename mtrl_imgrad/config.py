@@ -23,6 +23,7 @@ from mtrl_imgrad.config_sections import (
     Sb3Config,
     require,
 )
+from mtrl_imgrad.field_types import check_types
 
 Baseline = Literal["sb3-sac", "sb3-sac-blind", "sb3-sac-single"]
 BASELINES: tuple[str, ...] = get_args(Baseline)
@@ -71,7 +72,7 @@ class Config:
 
     def __post_init__(self) -> None:
         require(0 <= self.seed < 2**32, "seed", self.seed, "between 0 and 2**32 - 1")
-        require(self.threads >= 0, "threads", self.threads, "zero or positive")
+        require(0 <= self.threads <= 1024, "threads", self.threads, "between 0 and 1024")
         captured = self.compile and self.device != "cpu"
         require(captured or not self.cuda_graph, "cuda_graph", self.cuda_graph, "false without compile or on the CPU")
         whole = self.jacobian == "stored" or self.aggregator.needs != "jacobian"
@@ -175,20 +176,28 @@ def from_dict(plain: dict[str, Any]) -> Config:
         if name not in hints:
             raise ValueError(f"{name}: this version knows no such field.")
         if name == "aggregator":
-            fields = dict(value)
-            values[name] = _build(resolve(fields.pop("name")), name, fields)
+            fields = dict(_mapping(name, value))
+            method = fields.pop("name", None)
+            if not isinstance(method, str):
+                raise ValueError(f"aggregator.name: {method!r} is not allowed; it must be the name of a rule.")
+            values[name] = _build(resolve(method), name, fields)
         elif dataclasses.is_dataclass(hints[name]):
+            plain_fields = _mapping(name, value).items()
             values[name] = _build(
-                hints[name], name, {k: tuple(v) if isinstance(v, list) else v for k, v in value.items()}
+                hints[name], name, {k: tuple(v) if isinstance(v, list) else v for k, v in plain_fields}
             )
         else:
             values[name] = value
+    check_types(Config, "", values)
     return Config(**values)
 
 
+def _mapping(name: str, value: object) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{name}: {value!r} is not allowed; it must be a mapping of this section's fields.")
+    return value
+
+
 def _build(cls: Any, section: str, fields: dict[str, Any]) -> Any:
-    known = {f.name for f in dataclasses.fields(cls)}
-    unknown = sorted(set(fields) - known)
-    if unknown:
-        raise ValueError(f"{section}.{unknown[0]}: this version knows no such field.")
+    check_types(cls, f"{section}.", fields)
     return cls(**fields)

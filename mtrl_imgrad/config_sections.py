@@ -6,6 +6,10 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
+MOST_STEPS = 10**15
+"""Simulator steps that no run reaches, and that every counter holds. The other upper limits too are far above what is
+of use: they tell a slip of the keyboard before memory runs out."""
+
 
 def require(holds: bool, name: str, given: object, allowed: str) -> None:
     """Raise the one-line ValueError of a bad field."""
@@ -61,10 +65,11 @@ class EnvsConfig:
     after its update instead of before, with or without them."""
 
     def __post_init__(self) -> None:
-        require(self.workers is None or self.workers >= 0, "envs.workers", self.workers, "zero, positive or None")
+        workers_fit = self.workers is None or 0 <= self.workers <= 1024
+        require(workers_fit, "envs.workers", self.workers, "between 0 and 1024, or None")
         seed_fits = self.goal_seed is None or 0 <= self.goal_seed < 2**32
         require(seed_fits, "envs.goal_seed", self.goal_seed, "between 0 and 2**32 - 1")
-        require(self.envs_per_task >= 1, "envs.envs_per_task", self.envs_per_task, "at least 1")
+        require(1 <= self.envs_per_task <= 4096, "envs.envs_per_task", self.envs_per_task, "between 1 and 4096")
         require(1 <= self.horizon <= 500, "envs.horizon", self.horizon, "between 1 and 500")
         require(
             1 <= self.action_repeat <= self.horizon,
@@ -101,14 +106,14 @@ class NetworkConfig:
     """Upper clip of the policy's log standard deviation (stable-baselines3 uses 2)."""
 
     def __post_init__(self) -> None:
-        require(self.width >= 1, "network.width", self.width, "at least 1")
-        require(self.depth >= 1, "network.depth", self.depth, "at least 1")
+        require(1 <= self.width <= 16_384, "network.width", self.width, "between 1 and 16384")
+        require(1 <= self.depth <= 100, "network.depth", self.depth, "between 1 and 100")
         require(
             not (self.share_encoder and self.depth < 2), "network.depth", self.depth, "at least 2 with share_encoder"
         )
-        require(
-            self.log_std_min < self.log_std_max, "network.log_std_min", self.log_std_min, "below network.log_std_max"
-        )
+        finite = -math.inf < self.log_std_min < self.log_std_max < math.inf
+        given = (self.log_std_min, self.log_std_max)
+        require(finite, "network.log_std_min, network.log_std_max", given, "finite, the first below the second")
 
 
 @dataclass(frozen=True)
@@ -164,21 +169,23 @@ class SacConfig:
     """Highest value that the categorical critic can express, in scaled reward."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_per_task", "updates_per_step", "n_step"):
-            require(getattr(self, name) >= 1, f"sac.{name}", getattr(self, name), "at least 1")
+        require(1 <= self.steps <= MOST_STEPS, "sac.steps", self.steps, f"between 1 and {MOST_STEPS}")
+        for name, most in (("batch_per_task", 2**20), ("updates_per_step", 10_000), ("n_step", 1000)):
+            require(1 <= getattr(self, name) <= most, f"sac.{name}", getattr(self, name), f"between 1 and {most}")
         for name in ("actor_lr", "critic_lr", "temperature_lr", "adam_eps", "initial_temperature", "reward_scale"):
             value = getattr(self, name)
             require(0 < value < math.inf, f"sac.{name}", value, "positive and finite")
         for name in ("weight_decay", "max_grad_norm"):
             value = getattr(self, name)
             require(0 <= value < math.inf, f"sac.{name}", value, "zero or positive, and finite")
-        require(self.warmup >= 0, "sac.warmup", self.warmup, "zero or positive")
+        require(0 <= self.warmup <= MOST_STEPS, "sac.warmup", self.warmup, f"between 0 and {MOST_STEPS}")
         require(0 <= self.gamma <= 1, "sac.gamma", self.gamma, "between 0 and 1")
         require(0 < self.tau <= 1, "sac.tau", self.tau, "above 0 and at most 1")
         require(math.isfinite(self.target_entropy), "sac.target_entropy", self.target_entropy, "finite")
-        require(self.critic_bins >= 3, "sac.critic_bins", self.critic_bins, "at least 3")
-        finite_range = -math.inf < self.critic_min < self.critic_max < math.inf
-        require(finite_range, "sac.critic_min", self.critic_min, "finite and below sac.critic_max")
+        require(3 <= self.critic_bins <= 10_000, "sac.critic_bins", self.critic_bins, "between 3 and 10000")
+        finite = -math.inf < self.critic_min < self.critic_max < math.inf
+        given = (self.critic_min, self.critic_max)
+        require(finite, "sac.critic_min, sac.critic_max", given, "finite, the first below the second")
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ class ReplayConfig:
     """Transitions (decisions) kept per task, over all its environments."""
 
     def __post_init__(self) -> None:
-        require(self.capacity >= 1, "replay.capacity", self.capacity, "at least 1")
+        require(1 <= self.capacity <= MOST_STEPS, "replay.capacity", self.capacity, f"between 1 and {MOST_STEPS}")
 
 
 @dataclass(frozen=True)
@@ -207,7 +214,7 @@ class EvalConfig:
     """Evaluate every goal once per task when training ends."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "eval.every", self.every, "zero or positive")
+        require(0 <= self.every <= MOST_STEPS, "eval.every", self.every, f"between 0 and {MOST_STEPS}")
         require(1 <= self.goals_per_task <= 50, "eval.goals_per_task", self.goals_per_task, "between 1 and 50")
         require(1 <= self.horizon <= 500, "eval.horizon", self.horizon, "between 1 and 500")
 
@@ -225,7 +232,7 @@ class LogConfig:
     WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 1, "log.every", self.every, "at least 1")
+        require(1 <= self.every <= MOST_STEPS, "log.every", self.every, f"between 1 and {MOST_STEPS}")
         require(self.tensorboard or not self.wandb, "log.wandb", self.wandb, "false without log.tensorboard")
 
 
@@ -240,7 +247,7 @@ class CheckpointConfig:
     checkpoint."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, "checkpoint.every", self.every, "zero or positive")
+        require(0 <= self.every <= MOST_STEPS, "checkpoint.every", self.every, f"between 0 and {MOST_STEPS}")
 
 
 @dataclass(frozen=True)
@@ -270,18 +277,18 @@ class Sb3Config:
 
     def __post_init__(self) -> None:
         require(0 < self.learning_rate < math.inf, "sb3.learning_rate", self.learning_rate, "positive and finite")
-        for name in ("buffer_size", "batch_size", "target_update_interval"):
-            require(getattr(self, name) >= 1, f"sb3.{name}", getattr(self, name), "at least 1")
+        for name, most in (("buffer_size", MOST_STEPS), ("batch_size", 2**20), ("target_update_interval", MOST_STEPS)):
+            require(1 <= getattr(self, name) <= most, f"sb3.{name}", getattr(self, name), f"between 1 and {most}")
         steps = self.gradient_steps
-        require(steps >= 1 or steps == -1, "sb3.gradient_steps", steps, "at least 1, or -1")
+        require(1 <= steps <= 10_000 or steps == -1, "sb3.gradient_steps", steps, "between 1 and 10000, or -1")
         require(0 < self.tau <= 1, "sb3.tau", self.tau, "above 0 and at most 1")
         require(0 <= self.gamma <= 1, "sb3.gamma", self.gamma, "between 0 and 1")
         coefficient = 1.0 if self.ent_coef == "auto" else _number(self.ent_coef.removeprefix("auto_"))
         require(0 < coefficient < math.inf, "sb3.ent_coef", self.ent_coef, "auto, auto_X or X, with X above 0")
         entropy = 0.0 if self.target_entropy == "auto" else _number(self.target_entropy)
         require(math.isfinite(entropy), "sb3.target_entropy", self.target_entropy, "auto or a number")
-        layers = len(self.net_arch) > 0 and min(self.net_arch) >= 1
-        require(layers, "sb3.net_arch", self.net_arch, "at least one layer, each of at least 1 unit")
+        layers = 1 <= len(self.net_arch) <= 100 and min(self.net_arch) >= 1 and max(self.net_arch) <= 16_384
+        require(layers, "sb3.net_arch", self.net_arch, "1 to 100 layers, each of 1 to 16384 units")
 
 
 def _number(text: str) -> float:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -14,6 +16,58 @@ def write_whole(path: Path, text: str) -> None:
     beside = path.with_name(f"{path.name}.tmp")
     beside.write_text(text)
     os.replace(beside, path)
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        ValueError: there is none, or it is damaged.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets
+        raise ValueError(
+            f"run: {path} cannot be read ({type(error).__name__}); it must be as the run wrote it."
+        ) from None
+    if not isinstance(found, dict):
+        raise ValueError(f"run: {path} must be a JSON object; it is {type(found).__name__}.")
+    return found
+
+
+def check_place(name: str, folder: Path) -> None:
+    """Whether a folder is there or may be made, as far as that can be known without making it.
+
+    Args:
+        name: of the option that gives the folder.
+        folder: which.
+
+    Raises:
+        ValueError: there is something else at it or above it, or its name is none.
+    """
+    above = folder
+    try:
+        while not above.exists() and above != above.parent:
+            above = above.parent
+    except OSError as error:  # such as a name that is too long
+        raise ValueError(f"{name}: {folder} cannot be a folder ({error.strerror}); choose another one.") from None
+    if "\0" in str(folder):
+        raise ValueError(f"{name}: {str(folder)!r} cannot be a folder (it has a NUL); choose another one.")
+    if not above.is_dir():
+        raise ValueError(f"{name}: {above} is no folder; choose another place.")
+
+
+def make_folder(name: str, folder: Path) -> None:
+    """Make a folder, with those above it.
+
+    Raises:
+        ValueError: there is something else at it or above it, or it cannot be made there.
+    """
+    check_place(name, folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"{name}: {folder} cannot be made ({error.strerror}); choose another place.") from None
 
 
 class FolderLock:

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
+from typing import Any, get_type_hints
 
 from mtrl_imgrad.aggregators import AGGREGATORS, resolve
 from mtrl_imgrad.config import Config, uses
+from mtrl_imgrad.field_types import spelled
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
+from mtrl_imgrad.strict_yaml import read_mapping
 
 TRAIN_HELP = """Train a multi-task SAC agent, or stable-baselines3's SAC as a baseline, on Meta-World.
 
@@ -53,16 +54,15 @@ def read_overlay(name: str) -> dict[str, Any]:
         UserError: there is no such file, or it is not a YAML mapping.
     """
     shipped = {path.stem: path for path in sorted(configs_folder().glob("*.yaml"))}
-    path = Path(name) if Path(name).is_file() else shipped.get(name.removesuffix(".yaml"))
+    there = os.path.isfile(name)  # noqa: PTH113  (Path's own raises where a name is too long)
+    path = Path(name) if there else shipped.get(name.removesuffix(".yaml"))
     if path is None:
         near = difflib.get_close_matches(Path(name).stem, shipped, 1, 0.0)
         raise UserError(f"config: no file and no shipped configuration is named {name!r}; the nearest is {near[0]!r}.")
     try:
-        overlay = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise UserError(f"config: {path} cannot be read as YAML: {' '.join(str(error).split())[:200]}") from None
-    if not isinstance(overlay, dict):
-        raise UserError(f"config: {path} must be a YAML mapping of fields; it is {type(overlay).__name__}.")
+        overlay = read_mapping(path)
+    except (ValueError, OSError) as error:
+        raise UserError(f"config: {path}: {error}.") from None
     for field in dataclasses.fields(Config):
         if field.default_factory is not dataclasses.MISSING and not isinstance(overlay.get(field.name, {}), dict):
             raise UserError(f"{field.name}: {overlay[field.name]!r} must be a mapping of this section's fields.")
@@ -92,8 +92,13 @@ def flags_of(overlay: dict[str, Any], prefix: str = "--") -> list[str]:
     for key, value in overlay.items():
         if isinstance(value, dict):
             flags += flags_of(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            words = [str(item) for item in value]
+            if options := [word for word in words if word.startswith("--")]:
+                raise UserError(f"{prefix[2:]}{key}: {options[0]!r} cannot be a value; it looks like an option.")
+            flags += [f"{prefix}{key}", *words]
         else:
-            flags += [f"{prefix}{key}", *(str(item) for item in (value if isinstance(value, list) else [value]))]
+            flags.append(f"{prefix}{key}={value}")
     return flags
 
 
@@ -158,6 +163,7 @@ def parse_config(arguments: Sequence[str], base: dict[str, Any] | None = None) -
         SystemExit: `--help` was asked for and printed.
     """
     overlay, flags = merged_overlays(arguments, base)
+    _refuse_lists(overlay, Config)
     fields = dict(overlay.get("aggregator", {}))
     with told_as_user_errors():
         rule = resolve(str(fields.pop("name", "imgrad")))
@@ -199,7 +205,20 @@ def _refuse_unknown(tokens: Sequence[str], names: Sequence[str]) -> None:
     for name in fields_of(tokens):
         if name not in (*names, "help"):
             near = difflib.get_close_matches(name, names, 1, 0.0)[0]
-            raise UserError(f"{name}: there is no such field; the nearest is --{near}.\nSee `{PROGRAM} train --help`.")
+            raise UserError(
+                f"{name or '--'}: there is no such field; the nearest is --{near}.\nSee `{PROGRAM} train --help`."
+            )
+
+
+def _refuse_lists(overlay: dict[str, Any], kind: Any, prefix: str = "") -> None:
+    """An overlay's list where a field takes one value would be an unknown argument, and null would be the word None."""
+    hints = get_type_hints(kind)
+    for name, value in overlay.items():
+        hint = hints.get(name)
+        if isinstance(value, dict) and dataclasses.is_dataclass(hint):
+            _refuse_lists(value, hint, f"{prefix}{name}.")
+        elif (isinstance(value, (list, dict)) and hint in (int, float, bool, str)) or (value is None and hint is str):
+            raise UserError(f"{prefix}{name}: {value!r} is not allowed; it must be {spelled(hint)}.")
 
 
 def refuse_fewer_steps(wanted: int, trained: int) -> None:

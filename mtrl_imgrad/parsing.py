@@ -11,10 +11,28 @@ from typing import Any
 import tyro
 
 PROGRAM = "mtrl-imgrad"
+LONGEST = 800
+"""Characters of a message's line: the list of all aggregators fits, and a value of any length leaves both ends."""
 
 
 class UserError(Exception):
     """A mistake of the user's, told in at most two lines."""
+
+
+def printable(message: str) -> str:
+    """A message as a terminal may see it: at most two lines of LONGEST characters, their middle left out where they are
+    longer, and control characters, which may come from any value, spelled out."""
+    first, *others = message.rstrip("\n").split("\n")
+    lines = [first, " ".join(others)] if others else [first]
+    return "\n".join(_shortened("".join(map(_spelled, line))) for line in lines)
+
+
+def _spelled(character: str) -> str:
+    return character if character.isprintable() else character.encode("unicode_escape").decode()
+
+
+def _shortened(line: str) -> str:
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} [...] {line[-LONGEST // 2 + 7 :]}"
 
 
 @contextlib.contextmanager

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import json
 import os
 import re
 import tempfile
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from mtrl_imgrad.files import check_place, make_folder, read_object
 from mtrl_imgrad.parsing import parse, told_as_user_errors
 
 if TYPE_CHECKING:
@@ -119,21 +119,19 @@ def record(options: RecordOptions, tell: Callable[[Episode], None] = lambda epis
     from mtrl_imgrad.run import choose_device
     from mtrl_imgrad.video import together
 
-    try:
-        graphics_library()
-    except DependencyNotInstalled as missing:
-        raise ValueError(str(missing).replace("; ", ";\n", 1)) from None
     agent = load(options.run, str(choose_device(options.device)))
-    goals = Goals.from_dict(json.loads((options.run / "goals.json").read_text()))
+    goals = Goals.from_dict(read_object(options.run / "goals.json"))
     indices = chosen_goals(options, goals.num_goals)
     groups = {name: agent.tasks if name == "all" else (name,) for name in options.task}
     for task in itertools.chain(*groups.values()):
         agent.policy(task)  # an unknown name is told before anything is played
     out = options.out or options.run / "videos"
+    check_place("out", out)
     try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise OSError(f"out: {out} cannot be made ({error.strerror}).") from None
+        graphics_library()
+    except DependencyNotInstalled as missing:
+        raise ValueError(str(missing).replace("; ", ";\n", 1)) from None
+    make_folder("out", out)
     for name, tasks in groups.items():
         width, height = tile_size(options.size, len(tasks))
         show = Show(options.camera, width, height, options.fps, options.speed)
@@ -218,7 +216,9 @@ def tile_size(size: str | None, tasks: int) -> tuple[int, int]:
     if size is None:
         side = min(LARGEST, max(SMALLEST, GRID_WIDTH // columns_of(tasks)))
         return side, side
-    parts = re.fullmatch(r"(\d+)x(\d+)", size)
+    parts = re.fullmatch(r"([0-9]{1,4})x([0-9]{1,4})", size)
     if not parts or any(int(part) not in SIZES for part in parts.groups()):
-        raise ValueError(f"size: {size!r} is not WIDTHxHEIGHT of even numbers from {SIZES[0]} to {SIZES[-1]}.")
+        raise ValueError(
+            f"size: {size!r} is not allowed; it must be WIDTHxHEIGHT, even numbers from {SIZES[0]} to {SIZES[-1]}."
+        )
     return int(parts[1]), int(parts[2])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from mtrl_imgrad.averages import Averages
 from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_part, save_checkpoint
 from mtrl_imgrad.config import Config, aggregator_name
 from mtrl_imgrad.evaluation import Evaluator
-from mtrl_imgrad.files import FolderLock
+from mtrl_imgrad.files import FolderLock, read_object
 from mtrl_imgrad.interruption import Interruption
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.logs import EpisodeStatistics
@@ -101,7 +100,7 @@ class Run:
         lock = FolderLock(resume) if resume else None
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.world = make_world(config, json.loads((resume / "goals.json").read_text()) if resume else None)
+        self.world = make_world(config, read_object(resume / "goals.json") if resume else None)
         self.tasks = self.world.tasks
         self.rows = (len(self.tasks), config.envs.envs_per_task)
 

@@ -12,6 +12,7 @@ import hashlib
 import io
 import json
 import math
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -115,10 +116,12 @@ def find_run_folders(paths: Sequence[Path]) -> list[Path]:
     """
     found: dict[Path, Path] = {}
     for path in paths:
-        if not path.exists():
+        if not os.path.exists(path):  # noqa: PTH110  (Path's own raises where a name is too long)
             names = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
             near = difflib.get_close_matches(path.name, names, 1)
-            raise ValueError(f"runs: {path} does not exist" + (f"; the nearest is {near[0]}." if near else "."))
+            raise ValueError(
+                f"runs: {path} does not exist" + (f"; the nearest is {near[0]}." if near else "; give run folders.")
+            )
         own = [path] if (path / "config.yaml").is_file() else []
         below = sorted(file.parent for depth in ("*", "*/*") for file in path.glob(f"{depth}/config.yaml"))
         if not own and not below:
@@ -139,7 +142,7 @@ def read_run_folder(path: Path) -> RunFolder:
     try:
         versions = json.loads(_text(path / "versions.json") or "[]")
         goals = json.loads(_text(path / "goals.json") or "{}")
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter: brackets in brackets
         raise ValueError(f"run: {path} cannot be read ({error}).") from None
     names = goals.get("goals", config.benchmark.tasks) if isinstance(goals, dict) else config.benchmark.tasks
     if isinstance(versions, Mapping):  # one entry, as runs before there was a resume have it

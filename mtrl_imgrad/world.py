@@ -41,7 +41,11 @@ def metaworld(config: Config, description: dict[str, Any] | None) -> World:
     """Meta-World as configured; `description` is that of an earlier run, whose goals are to be used again."""
     tasks = expand_tasks(config.benchmark.tasks)
     goal_seed = config.seed if config.envs.goal_seed is None else config.envs.goal_seed
-    goals = Goals.from_dict(description) if description else make_goals(tasks, goal_seed, config.benchmark.goals)
+    goals = (
+        Goals.from_dict(description)
+        if description is not None
+        else make_goals(tasks, goal_seed, config.benchmark.goals)
+    )
     common: Any = {
         "reward": config.benchmark.reward,
         "action_repeat": config.envs.action_repeat,

@@ -113,7 +113,9 @@ def resolve(name: str) -> type[Aggregator]:
         hint = f"; did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"aggregator: module {module_name!r} has no class {class_name!r}{hint}")
     if not (isinstance(rule, type) and issubclass(rule, Aggregator) and is_dataclass(rule)):
-        raise ValueError(f"aggregator: {name!r} is not a dataclass derived from mtrl_imgrad.aggregators.Aggregator")
+        raise ValueError(
+            f"aggregator: {name!r} is not a dataclass derived from mtrl_imgrad.aggregators.Aggregator, as it must be"
+        )
     return rule
 
 

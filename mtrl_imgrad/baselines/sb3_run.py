@@ -12,7 +12,6 @@ truncation for SB3 too, and bootstraps, since `MtVecEnv` marks it so.
 
 from __future__ import annotations
 
-import json
 import shlex
 import time
 from dataclasses import replace
@@ -32,7 +31,7 @@ from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_part,
 from mtrl_imgrad.config import Config, unused_fields
 from mtrl_imgrad.envs.sb3 import MtVecEnv
 from mtrl_imgrad.evaluation import Evaluator
-from mtrl_imgrad.files import FolderLock
+from mtrl_imgrad.files import FolderLock, read_object
 from mtrl_imgrad.interruption import Interruption
 from mtrl_imgrad.logs import EpisodeStatistics, Stopwatch
 from mtrl_imgrad.rewards import RewardNormalizer
@@ -58,7 +57,7 @@ class Sb3Run:
         lock = FolderLock(resume) if resume else None
         if config.threads:
             torch.set_num_threads(config.threads)
-        self.world = make_world(config, json.loads((resume / "goals.json").read_text()) if resume else None)
+        self.world = make_world(config, read_object(resume / "goals.json") if resume else None)
         self.tasks = self.world.tasks
         self.models = self._make_models(make_world)
         self.interruption = Interruption()

@@ -19,6 +19,7 @@ from mtrl_imgrad.bench import machine
 from mtrl_imgrad.bench.env_option import OPTIONS
 
 HORIZON = 500
+MOST_STEPS = 10**6
 """Meta-World's episode length."""
 BASELINE, LIMIT = "metaworld sync", "physics, 2 threads"
 SEED = 1
@@ -127,10 +128,10 @@ def bench_envs(tasks: str, steps: int, repeats: int, names: tuple[str, ...] = ()
         ValueError: `steps` or `repeats` is out of range, or there is no such option.
         ChildProcessError: an option failed.
     """
-    if steps < 1 or (steps > HORIZON and steps % HORIZON):
+    machine.check_range("steps", steps, 1, MOST_STEPS)
+    if steps > HORIZON and steps % HORIZON:
         raise ValueError(f"steps: {steps} is neither between 1 and {HORIZON} nor a multiple of {HORIZON}")
-    if repeats < 1:
-        raise ValueError(f"repeats: {repeats} is less than 1")
+    machine.check_range("repeats", repeats, 1, machine.MOST_ROUNDS)
     if unknown := [name for name in names if name not in OPTIONS]:
         raise ValueError(f"options: there is no {unknown[0]!r}; there are {', '.join(map(repr, OPTIONS))}")
     measured: dict[str, Measured] = {}

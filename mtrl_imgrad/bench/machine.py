@@ -14,6 +14,14 @@ from typing import Any
 
 import psutil
 
+MOST_ROUNDS = 100_000
+
+
+def check_range(name: str, given: int, least: int, most: int) -> None:
+    """Raise the ValueError of an option that is out of range."""
+    if not least <= given <= most:
+        raise ValueError(f"{name}: {given} is not between {least} and {most}.")
+
 
 def as_json(figures: Mapping[str, Any], settings: Mapping[str, Any], packages: Sequence[str]) -> str:
     """What was measured, the settings, and what it was measured on.

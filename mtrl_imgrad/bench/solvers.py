@@ -39,6 +39,7 @@ from mtrl_imgrad.bench.solver_references import (
     weights_by,
 )
 
+MOST_TASKS = 1000
 Call = Callable[[torch.Tensor], object]
 """Solves for one Gramian."""
 
@@ -156,10 +157,10 @@ def bench_solvers(tasks: Sequence[int], rounds: int) -> dict[str, Any]:
         ValueError: a number of tasks or `rounds` is not positive.
         ChildProcessError: the process failed. The message has the last line that it said.
     """
-    if not tasks or min(tasks) < 2:
-        raise ValueError(f"tasks: {' '.join(map(str, tasks))!r} is not allowed; numbers of tasks are 2 or more")
-    if rounds < 1:
-        raise ValueError(f"repeats: {rounds} is less than 1")
+    if not tasks or min(tasks) < 2 or max(tasks) > MOST_TASKS:
+        given = " ".join(map(str, tasks))
+        raise ValueError(f"tasks: {given!r} is not allowed; numbers of tasks must be between 2 and {MOST_TASKS}")
+    machine.check_range("repeats", rounds, 1, machine.MOST_ROUNDS)
     others = machine.busy_cores(0.5)
     arguments = [",".join(map(str, tasks)), str(rounds)]
     measured = machine.answer_of(__name__, arguments, {f"{name}_NUM_THREADS": "1" for name in THREADS})

@@ -108,14 +108,12 @@ def bench_update(
         ValueError: something is out of range, or there is no such aggregator, mode or variant.
         ChildProcessError: a process that measures memory failed.
     """
-    for name, value in (("repeats", repeats), ("batch_per_task", size.rows)):
-        if value < 1:
-            raise ValueError(f"{name}: {value} is less than 1")
+    machine.check_range("repeats", repeats, 1, machine.MOST_ROUNDS)
+    machine.check_range("batch_per_task", size.rows, 1, 2**20)
+    machine.check_range("threads", threads, 0, 1024)
     for name, given in (("aggregator", aggregators), ("mode", modes)):
         if not given:
             raise ValueError(f"{name}: at least one is needed")
-    if threads < 0:
-        raise ValueError(f"threads: {threads} is less than 0")
     ways, missing = makers(size, aggregators, modes)
     known = list(dict.fromkeys(name for name, _ in ways))
     if unknown := [name for name in names if name not in known]:

@@ -20,7 +20,7 @@ from mtrl_imgrad.comparison.ray_launcher import on_ray
 from mtrl_imgrad.comparison.sweep import StartedRun, run_all
 from mtrl_imgrad.comparison.view import progress_view
 from mtrl_imgrad.config import Config, method_name
-from mtrl_imgrad.files import FolderLock
+from mtrl_imgrad.files import FolderLock, check_place, make_folder
 from mtrl_imgrad.overlays import field_names
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
 from mtrl_imgrad.report.command import console_text, write_report
@@ -66,23 +66,37 @@ class CompareOptions:
     def __post_init__(self) -> None:
         if not self.aggregators:
             raise UserError("aggregators: none is given.")
-        for name in ("seeds", "jobs", "cpus"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name}: {getattr(self, name)} must be at least 1.")
-        for name in ("first_seed", "gpus"):
-            if getattr(self, name) < 0:
-                raise UserError(f"{name}: {getattr(self, name)} must be zero or positive.")
+        limits = {
+            "seeds": (1, 1000),
+            "jobs": (1, 1000),
+            "cpus": (1, 1000),
+            "first_seed": (0, 2**32 - 1),
+            "gpus": (0, 100),
+        }
+        for name, (least, most) in limits.items():
+            if not least <= getattr(self, name) <= most:
+                raise UserError(f"{name}: {getattr(self, name)} is not allowed; it must be between {least} and {most}.")
+        if self.first_seed + self.seeds > 2**32:
+            raise UserError(
+                f"first_seed: {self.first_seed} is too high for {self.seeds} seeds; the last one must be below 2**32."
+            )
         others = ("address", "cpus", "gpus") if self.launcher == "local" else ("jobs",)
         for field in dataclasses.fields(self):
             if field.name in others and getattr(self, field.name) != field.default:
                 instead = "local" if self.launcher == "ray" else "ray"
-                raise UserError(f"{field.name}: {getattr(self, field.name)!r} is for --launcher {instead}.")
+                raise UserError(f"{field.name}: {getattr(self, field.name)!r} needs --launcher {instead}.")
 
 
 def command_compare(arguments: Sequence[str]) -> int:
     """Run the comparison and report on it. Returns the exit code: 1 where a run failed."""
+    from mtrl_imgrad.envs import expand_tasks
+
     options, runs = planned(arguments)
     out, at_once = runs[0].folder.parent, min(options.jobs, len(runs))
+    with told_as_user_errors():
+        expand_tasks(runs[0].config.benchmark.tasks)
+        for run in runs:
+            check_place("out", run.folder)
     on_cluster = options.launcher == "ray"
     config = runs[0].config
     divided = flags_of_share(options.cpus, config) if on_cluster else share_of_machine(at_once, config)
@@ -96,7 +110,7 @@ def command_compare(arguments: Sequence[str]) -> int:
             if on_cluster:  # how many run at once is Ray's to say
                 cluster = on_ray(options.address, options.cpus, options.gpus, divided, logs)
                 start, at_once = open_while_running.enter_context(cluster), len(runs)
-            out.mkdir(parents=True, exist_ok=True)
+            make_folder("out", out)
             lock = FolderLock(out, "out")
             open_while_running.callback(lock.release)
             tell_start(runs, out, arguments)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import os
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -112,13 +112,16 @@ def plan(methods: Sequence[str], seeds: Sequence[int], out: Path, flags: Sequenc
         UserError: a method or a flag is not allowed, or two methods are the same.
     """
     runs: list[PlannedRun] = []
+    configs: dict[str, Config] = {}
     algorithms = {algorithm_of(method) for method in methods}
     for seed in seeds:
         for method in methods:
             common = flags_for(algorithm_of(method), flags, algorithms)
             own = (*common, *method_flags(method), "--seed", str(seed))
             name = f"{method.replace(':', '.')}-s{seed}"
-            runs.append(PlannedRun(name, out / name, method, own, parse_config(own)))
+            if method not in configs:  # parsing takes longer than everything else here
+                configs[method] = parse_config(own)
+            runs.append(PlannedRun(name, out / name, method, own, replace(configs[method], seed=seed)))
     first = runs[: len(methods)]
     for number, run in enumerate(first):
         for other in first[:number]:
@@ -158,6 +161,6 @@ def method_flags(method: str) -> list[str]:
     for field in fields:
         key, equals, value = field.partition("=")
         if not (name and key and equals and value):
-            raise UserError(f"aggregators: {method!r} is neither NAME nor NAME,FIELD=VALUE,...")
+            raise UserError(f"aggregators: {method!r} is not allowed; it must be NAME or NAME,FIELD=VALUE,...")
         flags += [f"{section}.{key}", value]
     return flags

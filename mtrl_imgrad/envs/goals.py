@@ -66,8 +66,28 @@ class Goals:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Goals:
-        """The inverse of `to_dict`: nothing is drawn again."""
-        return cls(plain["goal_seed"], {task: np.array(rows, np.float64) for task, rows in plain["goals"].items()})
+        """The inverse of `to_dict`: nothing is drawn again.
+
+        Raises:
+            ValueError: this is not what `to_dict` gives.
+        """
+        goals = plain.get("goals")
+        if not isinstance(goals, Mapping) or not goals or not isinstance(plain.get("goal_seed"), int):
+            raise ValueError("goals: goals.json must have goal_seed, and under goals a list for every task.")
+        vectors = {task: _rows(task, rows) for task, rows in goals.items()}
+        if len({len(rows) for rows in vectors.values()}) > 1:
+            raise ValueError("goals: goals.json must have as many goals for every task.")
+        return cls(plain["goal_seed"], vectors)
+
+
+def _rows(task: str, plain: Any) -> Float64[np.ndarray, "goals coordinates"]:
+    try:
+        rows = np.array(plain, np.float64)
+    except (TypeError, ValueError, OverflowError):
+        rows = np.zeros(0)
+    if rows.ndim != 2 or not len(rows) or rows.shape[1] not in (3, 6) or not np.isfinite(rows).all():
+        raise ValueError(f"goals: those of {task!r} in goals.json must be lists of 3 or 6 finite numbers each.")
+    return rows
 
 
 def make_goals(tasks: Sequence[str], goal_seed: int, num_goals: int = GOALS_PER_TASK) -> Goals:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from mtrl_imgrad.files import check_place
 from mtrl_imgrad.parsing import parse, told_as_user_errors
 
 if TYPE_CHECKING:
@@ -76,6 +77,7 @@ def write_report(paths: Sequence[Path], out: Path) -> Report:
     from mtrl_imgrad.report.tables import final_table, verdict
     from mtrl_imgrad.run_folder import find_run_folders, read_run_folder
 
+    check_place("out", out)
     _refuse_foreign(out)
     runs, unreadable = [], []
     for path in find_run_folders(paths):
@@ -113,7 +115,7 @@ def _refuse_foreign(out: Path) -> None:
         return
     try:
         known = {MANIFEST, *json.loads((out / MANIFEST).read_text())["files"]}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         raise ValueError(f"out: {out} exists and is no report; choose another folder.") from None
     found = {path.relative_to(out).as_posix() for path in out.rglob("*") if not path.is_dir()}
     if found - known:
@@ -133,6 +135,8 @@ def _write_folder(out: Path, files: Mapping[str, str | bytes]) -> None:
         if place.exists():
             os.replace(place, old)
         os.replace(beside, place)
+    except OSError as error:
+        raise OSError(f"out: {out} cannot be written ({error.strerror}); choose another folder.") from None
     finally:
         if old.exists() and not place.exists():
             os.replace(old, place)
