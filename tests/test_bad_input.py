@@ -35,7 +35,7 @@ REMEDIES = tuple(
     """must, allowed, nearest, between, see `, did you mean, at least, at most, there are, choose, missing,
     does not use,
     cannot, no run folder, needs, no such field, is given twice, as the run wrote, give run folders, given are, use ,
-    has no, above, no file""".replace("\n    ", " ").split(", ")
+    has no, above, no file, is for""".replace("\n    ", " ").split(", ")
 )
 """What a message that says what is right has one of."""
 LONGEST_LINE = 1_000

@@ -84,7 +84,7 @@ class CompareOptions:
         for field in dataclasses.fields(self):
             if field.name in others and getattr(self, field.name) != field.default:
                 instead = "local" if self.launcher == "ray" else "ray"
-                raise UserError(f"{field.name}: {getattr(self, field.name)!r} needs --launcher {instead}.")
+                raise UserError(f"{field.name}: {getattr(self, field.name)!r} is for --launcher {instead}.")
 
 
 def command_compare(arguments: Sequence[str]) -> int:
