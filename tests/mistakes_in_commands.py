@@ -103,9 +103,10 @@ def spoilt_field(chance: random.Random) -> Mistake:
             ("nosuch", 1), ("\x1b[31m", 1), ("benchmark.tasks", 3), ("benchmark.tasks", []), ("benchmark.tasks", [3]),
             ("benchmark.tasks", {}), ("sb3.net_arch", [2.5]), ("sb3.ent_coef", None), ("run_dir", 3), ("run_dir", []),
         ])  # fmt: skip
-    return Mistake(
-        reads_run(chance), (name.rpartition(".")[2], "config.yaml"), spoilt={"config.yaml": stored(name, value)}
-    )
+    words = reads_run(chance)
+    if name == "aggregator.name" and words[0] == "report":  # a report takes any rule's name, and imports nothing
+        words = ("evaluate", "spoilt")
+    return Mistake(words, (name.rpartition(".")[2], "config.yaml"), spoilt={"config.yaml": stored(name, value)})
 
 
 def spoilt_text(chance: random.Random) -> Mistake:
