@@ -23,6 +23,7 @@ from mtrl_imgrad.bench.command import command_bench
 from mtrl_imgrad.comparison.command import command_compare
 from mtrl_imgrad.config import to_dict
 from mtrl_imgrad.envs.worker_pool import WorkerError
+from mtrl_imgrad.files import is_storage_failure
 from mtrl_imgrad.interruption import Stopped
 from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.overlays import configs_folder, parse_config, refuse_changes, take_options
@@ -33,7 +34,7 @@ from mtrl_imgrad.report.command import command_report
 
 def command_train(arguments: Sequence[str]) -> int:
     """Returns the exit code: 130 or 143 where SIGINT or SIGTERM ended it."""
-    from mtrl_imgrad.checkpoint import read_config
+    from mtrl_imgrad.run_description import read_config
     from mtrl_imgrad.trainer import open_run
 
     taken, rest = take_options(arguments, ("resume",))
@@ -58,11 +59,14 @@ def command_train(arguments: Sequence[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a run's newest checkpoint: every goal of every task once, with the deterministic policy. Writes
-    RUN/eval.csv."""
+    """Evaluate a run's checkpoint: every goal of every task once, with the deterministic policy. Writes RUN/eval.csv,
+    or RUN/eval_best.csv."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
+    checkpoint: str = "newest"
+    """newest, the step of one that was kept, or best: the one whose evaluation during training was highest. That is for
+    using the policy; its success is biased upwards by the choice and belongs in no comparison."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks run; auto is cuda where there is one, else cpu."""
 
@@ -73,9 +77,9 @@ def command_evaluate(arguments: Sequence[str]) -> None:
 
     options: EvaluateOptions = parse(EvaluateOptions, arguments, "evaluate")
     with told_as_user_errors():
-        episodes, protocol = evaluate_run(options.run, options.device)
+        episodes, path, protocol = evaluate_run(options.run, options.device, options.checkpoint)
     print(table(episodes))
-    print(f"{options.run / 'eval.csv'}: protocol {protocol}, every goal once, deterministic policy")
+    print(f"{path}: step {episodes[0].step:,}, protocol {protocol}, every goal once, deterministic policy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,4 +159,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (WorkerError, NonFiniteError) as error:
         print(f"{PROGRAM}: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not is_storage_failure(error):
+            raise
+        what = f"{error.filename} could not be written" if error.filename else "the disk failed"
+        print(f"{PROGRAM}: {what} ({error.strerror}); earlier files and checkpoints are whole", file=sys.stderr)
         return 1

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import itertools
-import json
 import os
 import re
 import tempfile
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
 
+from mtrl_imgrad.files import read_json
 from mtrl_imgrad.parsing import parse, told_as_user_errors
 
 if TYPE_CHECKING:
@@ -36,12 +36,14 @@ SIZES = range(SMALLEST, 2161, 2)
 
 @dataclasses.dataclass(frozen=True)
 class RecordOptions:
-    """Record videos of a run's newest checkpoint on the goals it was evaluated on. Task, goal, success and return are
+    """Record videos of a run's checkpoint on the goals it was evaluated on. Task, goal, success and return are
     written on every frame. A task is shown until half a second after its success, and its return is always that of the
     whole episode, as `evaluate` gives it. Needs a graphics library, but no screen."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
+    checkpoint: str = "newest"
+    """newest, best (by an evaluation during training), or the step of one that was kept."""
     task: tuple[str, ...] = ("all",)
     """Tasks, one file each; `all` is one file with all of them as tiles."""
     episodes: int = 3
@@ -120,8 +122,8 @@ def record(options: RecordOptions, tell: Callable[[Episode], None] = lambda epis
         graphics_library()
     except DependencyNotInstalled as missing:
         raise ValueError(str(missing).replace("; ", ";\n", 1)) from None
-    agent = load(options.run, str(choose_device(options.device)))
-    goals = Goals.from_dict(json.loads((options.run / "goals.json").read_text()))
+    agent = load(options.run, str(choose_device(options.device)), options.checkpoint)
+    goals = Goals.from_dict(read_json(options.run / "goals.json"))
     indices = chosen_goals(options, goals.num_goals)
     groups = {name: agent.tasks if name == "all" else (name,) for name in options.task}
     for task in itertools.chain(*groups.values()):
