@@ -30,7 +30,8 @@ from torch import Tensor
 
 from mtrl_imgrad.files import read_json, sync, write_whole
 
-FORMAT = 2
+FORMAT = 3
+"""1 held no running episodes, and neither 1 nor 2 had a manifest."""
 FILE_NAME = re.compile(r"[a-z0-9_-]+\.(json|safetensors)")
 REPLAY = "replay"
 """Begins the names of the replay's files."""
@@ -157,8 +158,8 @@ def read_manifest(place: Path) -> Checkpoint:
     try:
         manifest = json.loads((place / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
-        if isinstance(error, FileNotFoundError) and _format_1(place):
-            raise ValueError(f"run: checkpoint {place} has format 1; this version reads {FORMAT}.") from None
+        if isinstance(error, FileNotFoundError) and (former := _former_format(place)):
+            raise ValueError(f"run: checkpoint {place} has format {former}; this version reads {FORMAT}.") from None
         raise DamagedError(f"checkpoint {place} is damaged (manifest.json: {type(error).__name__})") from None
     if isinstance(manifest, dict) and isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
         raise ValueError(f"run: checkpoint {place} has format {manifest['format']}; this version reads {FORMAT}.")
@@ -208,19 +209,20 @@ def drop_replay(checkpoint: Checkpoint) -> None:
 
 def remove(place: Path) -> None:
     """Remove a checkpoint's folder. It is renamed first, so that nobody takes what is left of it for a damaged one."""
-    if place.exists():
-        gone = place.with_suffix(".tmp")
+    gone = place.with_suffix(".tmp")
+    if place != gone and place.exists():
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(place, gone)
-        shutil.rmtree(gone, ignore_errors=True)
+    shutil.rmtree(gone, ignore_errors=True)
 
 
-def _format_1(place: Path) -> bool:
+def _former_format(place: Path) -> int | None:
+    """1 or 2 where the state says so, as it did before there were manifests."""
     try:
         state = json.loads((place / "state.json").read_bytes())
     except (OSError, ValueError, RecursionError):
-        return False
-    return isinstance(state, dict) and state.get("format") == 1
+        return None
+    return next((number for number in (1, 2) if isinstance(state, dict) and state.get("format") == number), None)
 
 
 def _write(path: Path, content: bytes) -> dict[str, Any]:
