@@ -163,6 +163,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if not is_storage_failure(error):
             raise
-        what = f"{error.filename} could not be written" if error.filename else "the disk failed"
+        what = f"{error.filename} could not be written" if error.filename else "a file could not be written"
         print(f"{PROGRAM}: {what} ({error.strerror}); earlier files and checkpoints are whole", file=sys.stderr)
         return 1
