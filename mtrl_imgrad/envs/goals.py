@@ -66,8 +66,15 @@ class Goals:
 
     @classmethod
     def from_dict(cls, plain: Mapping[str, Any]) -> Goals:
-        """The inverse of `to_dict`: nothing is drawn again."""
-        return cls(plain["goal_seed"], {task: np.array(rows, np.float64) for task, rows in plain["goals"].items()})
+        """The inverse of `to_dict`: nothing is drawn again.
+
+        Raises:
+            ValueError: it is not what `to_dict` gives.
+        """
+        try:
+            return cls(plain["goal_seed"], {task: np.array(rows, np.float64) for task, rows in plain["goals"].items()})
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"run: its goals.json does not hold goals ({type(error).__name__}).") from None
 
 
 def make_goals(tasks: Sequence[str], goal_seed: int, num_goals: int = GOALS_PER_TASK) -> Goals:
