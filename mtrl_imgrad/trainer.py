@@ -12,8 +12,8 @@ from mtrl_imgrad.averages import by_task
 from mtrl_imgrad.baselines.sb3_run import Sb3Run
 from mtrl_imgrad.baselines.sb3_training import run_sb3_training
 from mtrl_imgrad.config import Config
-from mtrl_imgrad.gradient_cosines import append_rows
 from mtrl_imgrad.files import refuse_ways_out
+from mtrl_imgrad.gradient_cosines import append_rows
 from mtrl_imgrad.logs import Stopwatch
 from mtrl_imgrad.run import Run
 from mtrl_imgrad.world import MakeWorld, metaworld
