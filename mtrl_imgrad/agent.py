@@ -14,12 +14,14 @@ from torch import Tensor
 
 from mtrl_imgrad.baselines.global_streams import GlobalStreams
 from mtrl_imgrad.baselines.sb3_policy import load_policies
-from mtrl_imgrad.checkpoint import newest_checkpoint, read_config, read_part
 from mtrl_imgrad.config import Config
+from mtrl_imgrad.csv_files import read_rows
 from mtrl_imgrad.evaluation import Episode, evaluate, write_rows
 from mtrl_imgrad.files import read_object
+from mtrl_imgrad.kept_checkpoints import BEST, choose_checkpoint
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.run import choose_device
+from mtrl_imgrad.run_description import read_config
 from mtrl_imgrad.world import metaworld
 
 
@@ -96,22 +98,25 @@ class Agent:
         return Policy(self, self.tasks.index(task))
 
 
-def load(run: str | Path, device: str = "cpu") -> Agent:
-    """The agent of a run's newest checkpoint.
+def load(run: str | Path, device: str = "cpu", checkpoint: str = "newest") -> Agent:
+    """The agent of a run's checkpoint.
 
     Args:
         run: the run folder.
         device: where its networks go.
+        checkpoint: `newest`, a step, or `best`, which an evaluation during training chose: for using the policy, not
+            for reporting its success.
 
     Raises:
-        ValueError: the folder is no run's, or has no checkpoint.
+        ValueError: the folder is no run's, or has no such checkpoint that is whole.
     """
     folder = Path(run)
     config = read_config(folder)
-    checkpoint, state = newest_checkpoint(folder)
+    chosen = choose_checkpoint(folder, checkpoint)
+    state = chosen.state()
     make = _mtsac if config.algorithm == "mtsac" else _sb3
-    networks = read_part(checkpoint, "learner", torch.device(device))
-    return Agent(config, tuple(state["tasks"]), state["step"], make(config, state, networks, torch.device(device)))
+    networks = chosen.part("learner", torch.device(device))
+    return Agent(config, tuple(state["tasks"]), chosen.step, make(config, state, networks, torch.device(device)))
 
 
 def _mtsac(config: Config, state: dict[str, Any], networks: dict[str, Tensor], device: torch.device) -> Act:
@@ -140,24 +145,26 @@ def _sb3(config: Config, state: dict[str, Any], networks: dict[str, Tensor], dev
     return act
 
 
-def evaluate_run(run: str | Path, device: str = "auto") -> tuple[list[Episode], str]:
-    """Every goal of every task once with the deterministic policy of the newest checkpoint; written to the run's
-    `eval.csv`.
+def evaluate_run(run: str | Path, device: str = "auto", checkpoint: str = "newest") -> tuple[list[Episode], Path, str]:
+    """Every goal of every task once with the deterministic policy of a checkpoint; written to the run's `eval.csv`, and
+    for `best`, whose success is that of a choice, to `eval_best.csv`, which nothing else reads.
 
     Returns:
-        The episodes, and the name of the protocol.
+        The episodes, the file, and the name of the protocol.
 
     Raises:
         ValueError: the folder is no run's, or has no checkpoint.
     """
     folder, chosen = Path(run), choose_device(device)
-    agent = load(folder, str(chosen))
+    agent = load(folder, str(chosen), checkpoint)
     world = metaworld(agent.config, read_object(folder / "goals.json"))
+    path = folder / ("eval_best.csv" if checkpoint == BEST else "eval.csv")
+    read_rows(path)  # before the work, not after it
     envs = world.evaluation(None)
     try:
         goals = np.arange(world.goals)
         episodes = evaluate(lambda x: agent.act(x, True), envs, agent.tasks, goals, agent.step, agent.config)
     finally:
         envs.close()
-    write_rows(folder / "eval.csv", episodes)
-    return episodes, agent.config.protocol
+    write_rows(path, episodes)
+    return episodes, path, agent.config.protocol

@@ -1,235 +1,254 @@
-"""Run folders and checkpoints: tensors in safetensors, everything else JSON or YAML. Nothing is ever unpickled.
+"""Checkpoints: folders of safetensors and JSON that say of themselves whether they are whole. Nothing is unpickled.
 
-    runs/<name>/config.yaml command.txt versions.json goals.json progress.csv eval.csv tensorboard/ checkpoints/<step>/
+    checkpoints/0000150000/  manifest.json  state.json  learner.safetensors ...  replay-<start>-<written>.safetensors
+    checkpoints/best/        the same without the replay
 
-A checkpoint may be taken at any step, and a resumed run gives the same numbers as one that was never stopped: instead
-of the simulators' state it holds where the running episodes began and the actions since (`envs.episode_script`). It is
-written beside its place and renamed, and the previous one is removed afterwards.
+`manifest.json` has the format, the step, and size and SHA-256 of every other file. A checkpoint is written in
+`<name>.tmp`, the manifest last, brought to the disk and renamed; a reader verifies what it is about to read. Blocks of
+the replay that have not changed are hard links to those of the checkpoint before: each folder is whole by itself, and
+two of them need little more than one. (What a failing disk spoils in a shared block is spoilt in both.)
+
+Which of them a run has and keeps is in `kept_checkpoints`.
 """
 
 from __future__ import annotations
 
-import contextlib
-import itertools
+import hashlib
 import json
 import os
-import platform
 import re
-import shlex
 import shutil
-import sys
-from collections.abc import Iterator
-from importlib.metadata import version
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
-from mtrl_imgrad.aggregators import AGGREGATORS
-from mtrl_imgrad.config import Config, from_dict, method_name, to_dict
-from mtrl_imgrad.files import FolderLock, check_place, write_whole
-from mtrl_imgrad.strict_yaml import read_mapping
-from mtrl_imgrad.version import __version__
+from mtrl_imgrad.files import read_object, sync, write_whole
 
-FORMAT = 2
-BEFORE_CONFIG = ("goals.json", "goals.json.tmp", "command.txt", "versions.json", "versions.json.tmp", "config.yaml.tmp")
-"""What a process that was killed while it made a run folder may have left there, beside its lock."""
-PACKAGES = ("torch", "numpy", "gymnasium", "metaworld", "mujoco", "stable_baselines3")
+FORMAT = 3
+"""1 held no running episodes, and neither 1 nor 2 had a manifest."""
+FILE_NAME = re.compile(r"[a-z0-9_-]+\.(json|safetensors)")
+REPLAY = "replay"
+"""Begins the names of the replay's files."""
 
-
-def run_name(config: Config) -> str:
-    """`<benchmark>-<method>-s<seed>`."""
-    tasks = config.benchmark.tasks
-    benchmark = tasks[0].lower() if len(tasks) == 1 else f"{len(tasks)}tasks"
-    return f"{benchmark}-{method_name(config).replace(':', '.')}-s{config.seed}"
+Tensors = dict[str, Tensor]
+Parts = Mapping[str, Callable[[], Tensors]]
+"""Name -> what makes the tensors of one file when it is about to be written."""
 
 
-def create_run(config: Config, goals: Any) -> FolderLock:
-    """Make the run folder, hold it, and write what describes the run. Two runs that start together never get the same
-    one.
-
-    `config.yaml` comes last: a folder without it, left by a process that was killed here, is no run yet and may be
-    taken again.
-
-    Raises:
-        FileExistsError: `run_dir` was given and is not empty.
-        OSError: it cannot be made.
-        ValueError: the configuration cannot be written down, or another process holds the folder.
-    """
-    to_dict(config)  # a configuration that cannot be written must not leave a folder
-    try:
-        lock = (
-            _given_folder(Path(config.run_dir)) if config.run_dir else _numbered_folder(Path("runs", run_name(config)))
-        )
-    except FileExistsError:
-        raise
-    except OSError as error:
-        raise OSError(f"run_dir: {config.run_dir or 'runs'} cannot be made ({error.strerror}).") from None
-    write_whole(lock.folder / "goals.json", json.dumps(goals))
-    describe_run(lock.folder, config, 0)
-    return lock
+class DamagedError(ValueError):
+    """A checkpoint is not what was saved."""
 
 
-def _given_folder(folder: Path) -> FolderLock:
-    check_place("run_dir", folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    _refuse_occupied(folder)  # before the lock's file is put there
-    lock = FolderLock(folder)
-    _refuse_occupied(folder)
-    for leftover in BEFORE_CONFIG:
-        (folder / leftover).unlink(missing_ok=True)
-    return lock
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint whose manifest was read.
 
-
-def _refuse_occupied(folder: Path) -> None:
-    if {path.name for path in folder.iterdir()} - {*BEFORE_CONFIG, "lock"}:
-        raise FileExistsError(f"run_dir: {folder} exists and is not empty; use --resume {folder} to go on with it.")
-
-
-def _numbered_folder(wanted: Path) -> FolderLock:
-    wanted.parent.mkdir(parents=True, exist_ok=True)
-    for number in itertools.count(1):
-        folder = wanted if number == 1 else wanted.with_name(f"{wanted.name}-{number}")
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return FolderLock(folder)
-    raise AssertionError("unreachable")
-
-
-def describe_run(folder: Path, config: Config, step: int) -> None:
-    """Write the configuration, and one more entry of the history of commands and of versions.
-
-    Args:
-        folder: the run folder.
-        config: the configuration from now on.
-        step: simulator steps per task trained before.
-    """
-    with (folder / "command.txt").open("a") as file:
-        file.write(shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
-    versions = {"mtrl_imgrad": __version__} | {name: version(name) for name in PACKAGES}
-    history = folder / "versions.json"
-    entries = json.loads(history.read_text()) if history.exists() else []
-    entries.append({"from_step": step, "protocol": config.protocol, "python": platform.python_version()} | versions)
-    write_whole(history, json.dumps(entries, indent=1))
-    write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
-
-
-def read_config(folder: Path) -> Config:
-    """The configuration of a run. Imports the module of an aggregator `module:Class`.
-
-    Raises:
-        ValueError: the folder is not a run's, or its configuration is from another version.
-    """
-    with _told_of(folder) as path:
-        return from_dict(read_mapping(path))
-
-
-def read_settings(folder: Path) -> tuple[dict[str, Any], Config]:
-    """The configuration of a run, importing nothing that the folder names.
-
-    Returns:
-        The configuration as `to_dict` gives it, and as a `Config`. An aggregator that is not in AGGREGATORS stands in
-        the first as config.yaml has it; the second has the default one instead.
-
-    Raises:
-        ValueError: the folder is not a run's, or its configuration is from another version.
-    """
-    with _told_of(folder) as path:
-        plain = read_mapping(path)
-        rule = plain.get("aggregator")
-        name = rule.get("name") if isinstance(rule, dict) else None
-        if not isinstance(name, str) or name in AGGREGATORS:
-            config = from_dict(plain)
-            return to_dict(config), config
-        config = from_dict({key: value for key, value in plain.items() if key != "aggregator"})
-        return to_dict(config) | {"aggregator": rule}, config
-
-
-@contextlib.contextmanager
-def _told_of(folder: Path) -> Iterator[Path]:
-    """A run's config.yaml, and what it raises where it is damaged as one ValueError that names it."""
-    path = folder / "config.yaml"
-    if not os.path.isfile(path):  # noqa: PTH113  (Path's own raises where a name is too long)
-        raise ValueError(f"run: {folder} is no run folder; it has no config.yaml.")
-    try:
-        yield path
-    except (ValueError, OSError) as error:
-        raise ValueError(f"run: {path} is not a configuration of this version: {error}") from None
-
-
-def save_checkpoint(folder: Path, step: int, parts: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> Path:
-    """Save named groups of tensors and a JSON state as `checkpoints/<step>`, then remove older ones.
-
-    Args:
-        folder: the run folder.
+    Attributes:
+        place: its folder.
         step: simulator steps per task.
-        parts: file name -> tensors.
-        state: everything that is not a tensor.
+        kept: whether it stays, without its replay, when it is no longer one of the newest.
+        resumable: whether it has the replay, without which training cannot go on.
+        files: file name -> {"size": bytes, "sha256": hexadecimal}.
     """
-    place = folder / "checkpoints" / f"{step:010d}"
+
+    place: Path
+    step: int
+    kept: bool
+    resumable: bool
+    files: dict[str, dict[str, Any]]
+
+    def state(self) -> dict[str, Any]:
+        """Everything that is not a tensor.
+
+        Raises:
+            ValueError: it cannot be read.
+        """
+        return read_object(self.place / "state.json")
+
+    def part(self, name: str, device: torch.device | str) -> Tensors:
+        """The tensors of one file, given without its suffix.
+
+        Raises:
+            ValueError: it is not there, or is not safetensors.
+        """
+        try:
+            return load_file(self.place / f"{name}.safetensors", device=str(device))
+        except (OSError, ValueError, SafetensorError) as error:
+            what = f"{name} of checkpoint {self.place}"
+            raise ValueError(f"run: {what} cannot be read ({type(error).__name__}).") from None
+
+    def blocks(self, prefix: str) -> list[str]:
+        """Names of the replay's files, without suffix, that begin so."""
+        return sorted(Path(name).stem for name in self.files if name.startswith(f"{prefix}-"))
+
+
+def save_checkpoint(
+    folder: Path,
+    name: str,
+    step: int,
+    state: dict[str, Any],
+    parts: Parts,
+    blocks: Parts | None = None,
+    *,
+    base: Checkpoint | None = None,
+    kept: bool = False,
+) -> Checkpoint:
+    """Write `checkpoints/<name>`. One of the same name stays readable until the new one has its place.
+
+    Args:
+        folder: the run folder.
+        name: `step_name(step)`, or `best`.
+        step: simulator steps per task.
+        state: everything that is not a tensor, as JSON keeps it.
+        parts: the files to write, named without suffix.
+        blocks: files whose names tell their contents; those that `base` has are linked. None: without the replay.
+        base: the checkpoint that this process saved last, or loaded.
+        kept: whether to mark it to be kept.
+
+    Raises:
+        OSError: it cannot be written; earlier checkpoints are as they were.
+    """
+    place = folder / "checkpoints" / name
     beside = place.with_suffix(".tmp")
     shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
-    for name, tensors in parts.items():
-        save_file(
-            {key: value.detach().cpu().contiguous() for key, value in tensors.items()}, beside / f"{name}.safetensors"
-        )
-    (beside / "state.json").write_text(json.dumps({"format": FORMAT, "step": step} | state))
-    previous = _checkpoints(folder)
-    if place in previous:
-        # The same step again: the earlier one stays readable, under another name, until the new one has its place.
-        os.replace(place, place.with_suffix(".old"))
-        previous = _checkpoints(folder)
-    os.replace(beside, place)
-    for older in previous:
-        shutil.rmtree(older)
-    return place
+    try:
+        beside.mkdir(parents=True)
+        files = {"state.json": _write(beside / "state.json", json.dumps(state).encode())}
+        for part, make in (*parts.items(), *(blocks or {}).items()):
+            file = f"{part}.safetensors"
+            if blocks and part in blocks and base and file in base.files and _linked(base.place / file, beside / file):
+                files[file] = base.files[file]
+            else:
+                files[file] = _write(beside / file, save(_on_host(make())))
+        for file in files:  # together, after all are written: the disk takes them in one go
+            sync(beside / file)
+        made = Checkpoint(place, step, kept, blocks is not None, files)
+        _write_manifest(made, beside)
+        sync(beside)
+        if place.exists():
+            shutil.rmtree(place.with_suffix(".old"), ignore_errors=True)
+            os.replace(place, place.with_suffix(".old"))
+        os.replace(beside, place)
+        sync(place.parent)
+    except OSError:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    remove(place.with_suffix(".old"))
+    return made
 
 
-def _checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints of a run, the newest last."""
-    found = [path for path in (folder / "checkpoints").glob("*") if re.fullmatch(r"\d{10}(\.old)?", path.name)]
-    return sorted(found, key=lambda path: (path.stem, path.suffix == ""))
+def step_name(step: int) -> str:
+    """The folder of a step's checkpoint; sorted by name, they are sorted by step."""
+    return f"{step:010d}"
 
 
-def has_checkpoint(folder: Path) -> bool:
-    """Whether the run has a complete checkpoint."""
-    return bool(_checkpoints(folder))
-
-
-def newest_checkpoint(folder: Path) -> tuple[Path, dict[str, Any]]:
-    """The newest checkpoint of a run and its JSON state.
+def read_manifest(place: Path) -> Checkpoint:
+    """The manifest of a checkpoint.
 
     Raises:
-        ValueError: there is none, it has another format, or it is damaged.
+        DamagedError: there is none, or it is none that this version writes.
+        ValueError: it has another format.
     """
-    found = _checkpoints(folder)
-    if not found:
-        raise ValueError(f"run: {folder} has no checkpoint yet.")
     try:
-        state = json.loads((found[-1] / "state.json").read_text())
-    except (OSError, ValueError) as error:
-        raise ValueError(f"run: checkpoint {found[-1]} cannot be read ({type(error).__name__}).") from None
-    if state.get("format") != FORMAT:
-        raise ValueError(
-            f"run: checkpoint {found[-1]} has format {state.get('format')!r}; this version reads {FORMAT}."
-        )
-    return found[-1], state
+        manifest = json.loads((place / "manifest.json").read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        if isinstance(error, FileNotFoundError) and (former := _former_format(place)):
+            raise ValueError(f"run: checkpoint {place} has format {former}; this version reads {FORMAT}.") from None
+        raise DamagedError(f"checkpoint {place} is damaged (manifest.json: {type(error).__name__})") from None
+    if isinstance(manifest, dict) and isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
+        raise ValueError(f"run: checkpoint {place} has format {manifest['format']}; this version reads {FORMAT}.")
+    try:
+        step, kept, resumable, files = (manifest[name] for name in ("step", "kept", "resumable", "files"))
+        plain = {name: {"size": int(file["size"]), "sha256": str(file["sha256"])} for name, file in files.items()}
+        named = type(step) is int and (place.stem == "best" or place.stem == step_name(step))
+        allowed = all(FILE_NAME.fullmatch(name) for name in plain)
+        if not (named and allowed and "state.json" in plain):
+            raise ValueError
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
+        raise DamagedError(f"checkpoint {place} is damaged (manifest.json is not one of this checkpoint)") from None
+    return Checkpoint(place, step, bool(kept), bool(resumable), plain)
 
 
-def read_part(checkpoint: Path, name: str, device: torch.device) -> dict[str, Tensor]:
-    """One group of tensors of a checkpoint.
+def verify(checkpoint: Checkpoint, with_replay: bool = True) -> None:
+    """Compare the files with the manifest.
 
     Raises:
-        ValueError: it is not there, or damaged.
+        DamagedError: one is missing or different; it is named.
     """
+    for name, expected in checkpoint.files.items():
+        if name.startswith(REPLAY) and not with_replay:
+            continue
+        path = checkpoint.place / name
+        if not path.is_file():
+            raise DamagedError(f"checkpoint {checkpoint.place} is damaged ({name} is missing)")
+        try:
+            with path.open("rb") as file:
+                size, digest = os.fstat(file.fileno()).st_size, hashlib.file_digest(file, "sha256").hexdigest()
+        except OSError as error:
+            raise DamagedError(f"checkpoint {checkpoint.place} is damaged ({name}: {error.strerror})") from None
+        if (size, digest) != (expected["size"], expected["sha256"]):
+            what = "another checksum" if size == expected["size"] else f"{size:,} bytes of {expected['size']:,}"
+            raise DamagedError(f"checkpoint {checkpoint.place} is damaged ({name} has {what})")
+
+
+def drop_replay(checkpoint: Checkpoint) -> None:
+    """Remove the replay's files; the manifest first, so that at every moment it names only files that are there."""
+    left = {name: file for name, file in checkpoint.files.items() if not name.startswith(REPLAY)}
+    if checkpoint.resumable:
+        without = Checkpoint(checkpoint.place, checkpoint.step, checkpoint.kept, False, left)
+        _write_manifest(without, checkpoint.place)
+    for path in checkpoint.place.glob(f"{REPLAY}*"):
+        path.unlink()
+
+
+def remove(place: Path) -> None:
+    """Remove a checkpoint's folder. It is renamed first, so that nobody takes what is left of it for a damaged one."""
+    gone = place.with_suffix(".tmp")
+    if place != gone and place.exists():
+        shutil.rmtree(gone, ignore_errors=True)
+        os.replace(place, gone)
+    shutil.rmtree(gone, ignore_errors=True)
+
+
+def _former_format(place: Path) -> int | None:
+    """1 or 2 where the state says so, as it did before there were manifests."""
     try:
-        return load_file(checkpoint / f"{name}.safetensors", device=str(device))
-    except (OSError, ValueError, SafetensorError) as error:
-        raise ValueError(f"run: {name} of checkpoint {checkpoint} cannot be read ({type(error).__name__}).") from None
+        state = json.loads((place / "state.json").read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+    return next((number for number in (1, 2) if isinstance(state, dict) and state.get("format") == number), None)
+
+
+def _write(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        path.write_bytes(content)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    return {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _write_manifest(checkpoint: Checkpoint, folder: Path) -> None:
+    manifest = {"format": FORMAT, "step": checkpoint.step, "kept": checkpoint.kept, "resumable": checkpoint.resumable}
+    write_whole(folder / "manifest.json", json.dumps(manifest | {"files": checkpoint.files}, indent=1))
+
+
+def _linked(existing: Path, new: Path) -> bool:
+    """Whether a file could be linked, or copied where the file system has no links."""
+    try:
+        os.link(existing, new)
+    except OSError:
+        try:
+            shutil.copyfile(existing, new)
+        except FileNotFoundError:
+            return False
+    return True
+
+
+def _on_host(tensors: Tensors) -> Tensors:
+    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}

@@ -23,6 +23,7 @@ from mtrl_imgrad.bench.command import command_bench
 from mtrl_imgrad.comparison.command import command_compare
 from mtrl_imgrad.config import to_dict
 from mtrl_imgrad.envs.worker_pool import WorkerError
+from mtrl_imgrad.files import is_storage_failure
 from mtrl_imgrad.interruption import Stopped
 from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.overlays import configs_folder, parse_config, refuse_changes, refuse_fewer_steps, take_options
@@ -33,7 +34,8 @@ from mtrl_imgrad.report.command import command_report
 
 def command_train(arguments: Sequence[str]) -> int:
     """Returns the exit code: 130 or 143 where SIGINT or SIGTERM ended it."""
-    from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_config
+    from mtrl_imgrad.kept_checkpoints import newest_step
+    from mtrl_imgrad.run_description import read_config
     from mtrl_imgrad.trainer import open_run
 
     taken, rest = take_options(arguments, ("resume",))
@@ -45,9 +47,9 @@ def command_train(arguments: Sequence[str]) -> int:
     config = parse_config(rest, base)
     if base:
         refuse_changes(base, to_dict(config))
-    if resume and has_checkpoint(resume):
+    if resume:
         with told_as_user_errors():
-            refuse_fewer_steps(config.sac.steps, newest_checkpoint(resume)[1]["step"])
+            refuse_fewer_steps(config.sac.steps, newest_step(resume))
     with told_as_user_errors():
         run, loop = open_run(config, resume, started=psutil.Process().create_time())
     with run, run.interruption.by_signals():
@@ -61,11 +63,14 @@ def command_train(arguments: Sequence[str]) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class EvaluateOptions:
-    """Evaluate a run's newest checkpoint: every goal of every task once, with the deterministic policy. Writes
-    RUN/eval.csv."""
+    """Evaluate a run's checkpoint: every goal of every task once, with the deterministic policy. Writes RUN/eval.csv,
+    or RUN/eval_best.csv."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
+    checkpoint: str = "newest"
+    """newest, the step of one that was kept, or best: the one whose evaluation during training was highest. That is for
+    using the policy; its success is biased upwards by the choice and belongs in no comparison."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks run; auto is cuda where there is one, else cpu."""
 
@@ -76,9 +81,9 @@ def command_evaluate(arguments: Sequence[str]) -> None:
 
     options: EvaluateOptions = parse(EvaluateOptions, arguments, "evaluate")
     with told_as_user_errors():
-        episodes, protocol = evaluate_run(options.run, options.device)
+        episodes, path, protocol = evaluate_run(options.run, options.device, options.checkpoint)
     print(table(episodes))
-    print(f"{options.run / 'eval.csv'}: protocol {protocol}, every goal once, deterministic policy")
+    print(f"{path}: step {episodes[0].step:,}, protocol {protocol}, every goal once, deterministic policy")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,4 +163,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except (WorkerError, NonFiniteError) as error:
         print(printable(f"{PROGRAM}: {error}"), file=sys.stderr)
+        return 1
+    except OSError as error:
+        if not is_storage_failure(error):
+            raise
+        what = f"{error.filename} could not be written" if error.filename else "a file could not be written"
+        print(f"{PROGRAM}: {what} ({error.strerror}); earlier files and checkpoints are whole", file=sys.stderr)
         return 1

@@ -242,12 +242,18 @@ class CheckpointConfig:
 
     every: int = 50_000
     """Steps per task between checkpoints; 0 saves at the end only, and when SIGINT or SIGTERM ends the run."""
+    keep_every: int = 0
+    """Keep, without the replay, the first checkpoint in each of these intervals of steps per task; 0 keeps the two
+    newest and the best only."""
     replay: bool = True
     """Save the replay too, so that `--resume` goes on exactly; without it only evaluation is possible from a
     checkpoint."""
 
     def __post_init__(self) -> None:
         require(0 <= self.every <= MOST_STEPS, "checkpoint.every", self.every, f"between 0 and {MOST_STEPS}")
+        require(
+            0 <= self.keep_every <= MOST_STEPS, "checkpoint.keep_every", self.keep_every, f"between 0 and {MOST_STEPS}"
+        )
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -17,6 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from mtrl_imgrad.config import Config
+from mtrl_imgrad.csv_files import csv_text, read_rows
+from mtrl_imgrad.files import write_whole
 from mtrl_imgrad.world import World
 
 Act = Callable[[Float[Tensor, "tasks rows entries"]], Float[Tensor, "tasks rows actions"]]
@@ -96,31 +96,23 @@ def write_rows(path: Path, episodes: Sequence[Episode]) -> None:
     """Add episodes to a tidy CSV; those of the same step, from an earlier evaluation or an interrupted run, are
     replaced.
     """
-    kept = [line for line in _read_rows(path) if int(line[0]) != episodes[0].step]
+    kept = [line for line in read_rows(path)[1:] if int(line[0]) != episodes[0].step]
     _replace_rows(path, [COLUMNS, *kept, *(list(asdict(episode).values()) for episode in episodes)])
 
 
 def drop_rows_after(path: Path, step: int) -> None:
-    """Remove the rows that a run wrote after the checkpoint from which it goes on; the first column is the step."""
+    """Remove the rows that a run wrote after the checkpoint from which it goes on; the first column is the step.
+
+    Raises:
+        ValueError: it is not such a table.
+    """
     if path.exists():
-        with path.open(newline="") as file:
-            lines = list(csv.reader(file))
-        whole = [line for line in lines[1:] if len(line) == len(lines[0])]  # a killed process may leave half a row
-        _replace_rows(path, [*lines[:1], *(line for line in whole if int(line[0]) <= step)])
-
-
-def _read_rows(path: Path) -> list[list[str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.reader(file))[1:]
+        lines = read_rows(path)
+        _replace_rows(path, [*lines[:1], *(line for line in lines[1:] if int(line[0]) <= step)])
 
 
 def _replace_rows(path: Path, lines: Sequence[Sequence[Any]]) -> None:
-    beside = path.with_suffix(".tmp")
-    with beside.open("w", newline="") as file:
-        csv.writer(file).writerows(lines)
-    os.replace(beside, path)
+    write_whole(path, csv_text(lines))
 
 
 def table(rows: Sequence[Episode]) -> str:

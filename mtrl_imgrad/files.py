@@ -1,7 +1,8 @@
-"""Files that are always whole, and a lock that a dead process does not keep."""
+"""Files that are always whole, links that lead nowhere else, and a lock that a dead process does not keep."""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -9,13 +10,82 @@ import weakref
 from pathlib import Path
 from typing import Any
 
+STORAGE_FAILURES = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
+"""No space, no quota, too large a file, a failing disk, a disk that has become read-only."""
+
+
+def is_storage_failure(error: OSError) -> bool:
+    """Whether it is the disk that failed, and neither a wrong path nor a bug."""
+    return error.errno in STORAGE_FAILURES
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text file beside its place and rename it, so that a reader, or a run that goes on after the process was
-    killed, finds either the old text or the new one."""
+    killed or the power failed, finds either the old text or the new one.
+
+    Raises:
+        OSError: it cannot be written; it names the file, and the old text is still there.
+    """
     beside = path.with_name(f"{path.name}.tmp")
-    beside.write_text(text)
-    os.replace(beside, path)
+    content = text.encode()
+    try:
+        beside.write_bytes(content)
+        sync(beside)
+        os.replace(beside, path)
+    except OSError as error:
+        beside.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def append_whole(path: Path, text: str) -> None:
+    """Add lines to a text file, all of them or none.
+
+    Raises:
+        OSError: they cannot be written; it names the file, which is as it was.
+    """
+    with path.open("ab", buffering=0) as file:
+        before, content = file.tell(), text.encode()
+        try:
+            while content:  # a disk that fills up takes a part
+                content = content[file.write(content) or 0 :]
+        except OSError as error:
+            file.truncate(before)
+            raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def sync(path: Path) -> None:
+    """Wait until the disk has a file's content, or a folder's names, so that a later rename cannot get ahead of it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ValueError: it is not there, or is not JSON.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets
+        why = type(error).__name__
+        raise ValueError(f"run: {path} cannot be read ({why}); it must be as the run wrote it.") from None
+
+
+def refuse_ways_out(folder: Path) -> None:
+    """Refuse a run folder in which a link leads out of it: what is read would be foreign, what is written would be
+    lost there.
+
+    Raises:
+        ValueError: it names the link.
+    """
+    inside = folder.resolve()
+    for path in folder.rglob("*"):
+        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+            raise ValueError(f"run: {path} is a link that leads out of the run folder; put what it means in its place.")
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -24,12 +94,7 @@ def read_object(path: Path) -> dict[str, Any]:
     Raises:
         ValueError: there is none, or it is damaged.
     """
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # the last: brackets in brackets
-        raise ValueError(
-            f"run: {path} cannot be read ({type(error).__name__}); it must be as the run wrote it."
-        ) from None
+    found = read_json(path)
     if not isinstance(found, dict):
         raise ValueError(f"run: {path} must be a JSON object; it is {type(found).__name__}.")
     return found
@@ -85,7 +150,7 @@ class FolderLock:
         self.folder = folder
         descriptor = _locked(folder)
         if descriptor is None:
-            holder = (folder / "lock").read_text().strip() or "unknown"
+            holder = (folder / "lock").read_text(errors="replace").strip() or "unknown"
             raise ValueError(f"{field}: {folder} is in use by another process ({holder}).")
         self.release = weakref.finalize(self, os.close, descriptor)
         """Let go. The file stays: whoever removed it could remove another process's lock."""
@@ -104,7 +169,7 @@ def is_locked(folder: Path) -> bool:
 
 
 def _locked(folder: Path) -> int | None:
-    descriptor = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    descriptor = os.open(folder / "lock", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

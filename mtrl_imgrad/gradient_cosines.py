@@ -6,7 +6,6 @@ are mostly noise. The mean over its task pairs is the mean of `gradients/*/cosin
 
 from __future__ import annotations
 
-import csv
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,9 @@ from jaxtyping import Float64, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
+
+from mtrl_imgrad.csv_files import csv_text
+from mtrl_imgrad.files import append_whole
 
 COLUMNS = ("step", "network", "task_a", "task_b", "cosine")
 DOTS_PER_INCH = 100
@@ -36,13 +38,12 @@ def append_rows(
     """
     new = not path.exists() or path.stat().st_size == 0
     pairs = list(itertools.combinations(range(len(tasks)), 2))
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(COLUMNS)
-        for tag, matrix in cosines.items():
-            network = tag.split("/")[1]
-            writer.writerows((step, network, tasks[i], tasks[j], f"{matrix[i, j]:.5f}") for i, j in pairs)
+    rows = [
+        (step, tag.split("/")[1], tasks[i], tasks[j], f"{matrix[i, j]:.5f}")
+        for tag, matrix in cosines.items()
+        for i, j in pairs
+    ]
+    append_whole(path, csv_text([COLUMNS, *rows] if new else rows))
 
 
 def heat_map(

@@ -5,8 +5,6 @@ Every tag is explained in docs/metrics.md; a test fails when one is missing ther
 
 from __future__ import annotations
 
-import csv
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,8 @@ from rich.progress import BarColumn, Progress, TextColumn
 from stable_baselines3.common.logger import KVWriter, Logger
 from torch import Tensor
 
+from mtrl_imgrad.csv_files import csv_text, read_rows
+from mtrl_imgrad.files import append_whole, write_whole
 from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.sac_update import LOSSES
 from mtrl_imgrad.tensorboard import FOLDER, TensorBoard
@@ -37,35 +37,24 @@ class ProgressCsv(KVWriter):
 
     def __init__(self, path: Path, keep_to: int) -> None:
         self.path = path
-        self.columns: list[str] = ["step"]
-        kept: list[dict[str, str]] = []
-        if path.exists():
-            with path.open(newline="") as file:
-                reader = csv.DictReader(file)
-                self.columns = list(reader.fieldnames or self.columns)
-                kept = [row for row in reader if int(row["step"]) <= keep_to]
-        self._rewrite(kept)
+        self.columns: list[str]
+        self.columns, *rows = read_rows(path) or [["step"]]
+        self._rewrite([row for row in rows if int(row[0]) <= keep_to])
 
     def write(self, key_values: dict[str, Any], key_excluded: dict[str, tuple[str, ...]], step: int = 0) -> None:
         new = sorted(set(key_values) - set(self.columns))
         if new:
-            with self.path.open(newline="") as file:
-                rows = list(csv.DictReader(file))
+            rows = read_rows(self.path)[1:]
             self.columns += new
-            self._rewrite(rows)
-        with self.path.open("a", newline="") as file:
-            csv.DictWriter(file, self.columns, restval="").writerow({"step": step} | key_values)
+            self._rewrite([[*row, *[""] * len(new)] for row in rows])
+        values = {"step": step} | key_values
+        append_whole(self.path, csv_text([[values.get(column, "") for column in self.columns]]))
 
     def close(self) -> None:
         """Nothing is kept open between rows."""
 
-    def _rewrite(self, rows: Sequence[dict[str, str]]) -> None:
-        beside = self.path.with_suffix(".tmp")
-        with beside.open("w", newline="") as file:
-            writer = csv.DictWriter(file, self.columns, restval="")
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(beside, self.path)
+    def _rewrite(self, rows: Sequence[Sequence[str]]) -> None:
+        write_whole(self.path, csv_text([self.columns, *rows]))
 
 
 class EpisodeStatistics:

@@ -10,6 +10,8 @@ from typing import Any
 
 import tyro
 
+from mtrl_imgrad.files import is_storage_failure
+
 PROGRAM = "mtrl-imgrad"
 LONGEST = 800
 """Characters of a message's line: the list of all aggregators fits, and a value of any length leaves both ends."""
@@ -42,6 +44,8 @@ def told_as_user_errors() -> Iterator[None]:
     try:
         yield
     except (ValueError, MemoryError, OSError) as error:
+        if isinstance(error, OSError) and is_storage_failure(error):
+            raise  # no mistake of the user's
         raise UserError(str(error)) from None
 
 

@@ -38,12 +38,14 @@ SIZES = range(SMALLEST, 2161, 2)
 
 @dataclasses.dataclass(frozen=True)
 class RecordOptions:
-    """Record videos of a run's newest checkpoint on the goals it was evaluated on. Task, goal, success and return are
+    """Record videos of a run's checkpoint on the goals it was evaluated on. Task, goal, success and return are
     written on every frame. A task is shown until half a second after its success, and its return is always that of the
     whole episode, as `evaluate` gives it. Needs a graphics library, but no screen."""
 
     run: Annotated[Path, tyro.conf.Positional]
     """Run folder."""
+    checkpoint: str = "newest"
+    """newest, best (by an evaluation during training), or the step of one that was kept."""
     task: tuple[str, ...] = ("all",)
     """Tasks, one file each; `all` is one file with all of them as tiles."""
     episodes: int | None = None
@@ -119,12 +121,14 @@ def record(options: RecordOptions, tell: Callable[[Episode], None] = lambda epis
     from mtrl_imgrad.run import choose_device
     from mtrl_imgrad.video import together
 
-    agent = load(options.run, str(choose_device(options.device)))
+    agent = load(options.run, str(choose_device(options.device)), options.checkpoint)
     goals = Goals.from_dict(read_object(options.run / "goals.json"))
     indices = chosen_goals(options, goals.num_goals)
     groups = {name: agent.tasks if name == "all" else (name,) for name in options.task}
     for task in itertools.chain(*groups.values()):
         agent.policy(task)  # an unknown name is told before anything is played
+        if task not in goals.tasks:
+            raise ValueError(f"goals: the run's goals.json has none for {task}; given are those of {goals.tasks}.")
     out = options.out or options.run / "videos"
     check_place("out", out)
     try:

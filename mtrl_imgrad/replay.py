@@ -142,24 +142,9 @@ class Replay:
             discounts=alive * self.gamma ** (last.squeeze(-1) + 1),
         )
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """The filled part of the rings and the write position."""
-        held = {name: getattr(self, name)[: self.filled] for name in RINGS}
-        return held | {"written": torch.tensor(self.written)}
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state_dict` gave, into rings of the same shapes.
-
-        Raises:
-            ValueError: the shapes differ.
-        """
-        filled = min(int(state["written"]), self.length)
-        for name in RINGS:
-            ring = getattr(self, name)[:filled]
-            if state[name].shape != ring.shape:
-                raise ValueError(f"replay: {name} has shape {tuple(state[name].shape)}, not {tuple(ring.shape)}.")
-            ring.copy_(state[name])
-        self.written = int(state["written"])
+    def rings(self) -> dict[str, Tensor]:
+        """The rings by name, `[slots, K, E, ...]`, for `ring_blocks`."""
+        return {name: getattr(self, name) for name in RINGS}
 
 
 CGROUP = Path("/sys/fs/cgroup")

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mtrl_imgrad import weights_and_biases
+from mtrl_imgrad import ring_blocks, weights_and_biases
 from mtrl_imgrad.averages import Averages
-from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_part, save_checkpoint
+from mtrl_imgrad.checkpoint import Checkpoint
 from mtrl_imgrad.config import Config, aggregator_name
 from mtrl_imgrad.evaluation import Evaluator
 from mtrl_imgrad.files import FolderLock, read_object
 from mtrl_imgrad.interruption import Interruption
+from mtrl_imgrad.kept_checkpoints import choose_checkpoint, has_checkpoint
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.logs import EpisodeStatistics
 from mtrl_imgrad.replay import Replay
@@ -129,13 +130,14 @@ class Run:
         self.episodes = EpisodeStatistics(len(self.tasks))
 
         self.start = 0
+        self.loaded: Checkpoint | None = None
         envs_state = self._restore(resume) if resume else None
         if envs_state:
             first, _ = self.envs.load_state_dict(envs_state)
         else:
             first, _ = self.envs.reset()
         (self.observations,) = self.on_device(first)
-        self.output = RunOutput(config, self.world, lock, self.start, self.learner.non_finite)
+        self.output = RunOutput(config, self.world, lock, self.loaded, self.learner.non_finite)
         self.folder, self.log = self.output.folder, self.output.log
         self.evaluator = Evaluator(config, self.world, self.folder, self.envs)
 
@@ -145,10 +147,12 @@ class Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.output.finish_log(failed=kind is not None)
-        self.envs.close()
-        self.evaluator.close()
-        self.output.lock.release()
+        try:
+            self.output.finish_log(failed=kind is not None)
+        finally:  # where nothing more can be written, no process stays behind either
+            self.envs.close()
+            self.evaluator.close()
+            self.output.lock.release()
 
     def on_device(self, *arrays: np.ndarray) -> list[Tensor]:
         """Rows `[K * E, .]` of the environments as `[K, E, .]` on the training device, float32, by one copy for all."""
@@ -197,7 +201,6 @@ class Run:
     def _saved(self) -> dict[str, Saved]:
         return {
             "learner": self.learner,
-            "replay": self.replay,
             "generators": self.generators,
             "rewards": self.normalizer,
             "averages": self.averages,
@@ -205,30 +208,32 @@ class Run:
             "episodes": self.episodes,
         }
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint, from which a resume gives the same numbers as going on."""
-        parts = {
-            name: part.state_dict()
-            for name, part in self._saved().items()
-            if name != "replay" or self.config.checkpoint.replay
-        }
+    def save(self, step: int, required: bool = False) -> None:
+        """Write a checkpoint, from which a resume gives the same numbers as going on. One that is required raises an
+        OSError where it cannot be written; another is skipped with a warning."""
+        blocks = ring_blocks.blocks("replay", self.replay.rings(), self.replay.written)
+        state = self._description() | {"envs": self.envs.state_dict(), "written": self.replay.written}
+        self.output.save(step, state, {name: part.state_dict for name, part in self._saved().items()}, blocks, required)
+
+    def keep_best(self, step: int, evaluated: dict[str, float]) -> None:
+        """Save the networks as `best` if no evaluation before had a higher mean success."""
+        self.output.save_best(step, evaluated, self._description(), {"learner": self.learner.state_dict})
+
+    def _description(self) -> dict[str, Any]:
         sizes = {"observation_size": self.replay.observations.shape[-1], "action_size": self.learner.action_size}
-        save_checkpoint(self.folder, step, parts, {"tasks": self.tasks, "envs": self.envs.state_dict()} | sizes)
+        return {"tasks": self.tasks} | sizes
 
     def _restore(self, folder: Path) -> dict[str, Any] | None:
         if not has_checkpoint(folder):  # it was stopped before its first one
             return None
-        checkpoint, state = newest_checkpoint(folder)
-        if not (checkpoint / "replay.safetensors").exists():
-            raise ValueError(
-                f"run: {folder} was saved with checkpoint.replay false; it can be evaluated, but not trained further."
-            )
+        self.loaded = checkpoint = choose_checkpoint(folder, resume=True)
+        state = checkpoint.state()
         for name, part in self._saved().items():
-            if name == "cosines" and not (checkpoint / f"{name}.safetensors").exists():
-                continue  # a checkpoint from before there were any; their mean begins here
-            # The rings are already on the device: a second copy there may not fit.
-            part.load_state_dict(read_part(checkpoint, name, CPU if name == "replay" else self.device))
-        self.start = state["step"]
+            part.load_state_dict(checkpoint.part(name, self.device))
+        self.replay.written = state["written"]
+        stored = (checkpoint.part(name, CPU) for name in checkpoint.blocks("replay"))
+        ring_blocks.fill(self.replay.rings(), self.replay.written, stored)
+        self.start = checkpoint.step
         return state["envs"]
 
     def elapsed(self) -> float:

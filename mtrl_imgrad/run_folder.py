@@ -22,8 +22,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float
 
-from mtrl_imgrad.checkpoint import newest_checkpoint, read_settings
 from mtrl_imgrad.config import Config
+from mtrl_imgrad.kept_checkpoints import newest_step
+from mtrl_imgrad.run_description import read_settings
 from mtrl_imgrad.success_curves import SuccessCurve, success_curve
 
 Rows = tuple[Mapping[str, str], ...]
@@ -147,10 +148,6 @@ def read_run_folder(path: Path) -> RunFolder:
     names = goals.get("goals", config.benchmark.tasks) if isinstance(goals, dict) else config.benchmark.tasks
     if isinstance(versions, Mapping):  # one entry, as runs before there was a resume have it
         versions = [versions]
-    try:
-        checkpoint_step = int(newest_checkpoint(path)[1]["step"])
-    except (ValueError, KeyError, OSError):  # none yet, or replaced by a newer one while it was read
-        checkpoint_step = 0
     training_rows, evaluation_rows = (_rows(path / name) for name in ("eval_training.csv", "eval.csv"))
     return RunFolder(
         path=path,
@@ -163,7 +160,7 @@ def read_run_folder(path: Path) -> RunFolder:
         progress=_columns(_rows(path / "progress.csv")),
         training_rows=_well_formed(training_rows),
         evaluation_rows=_well_formed(evaluation_rows),
-        checkpoint_step=checkpoint_step,
+        checkpoint_step=newest_step(path),
         modified=max(file.stat().st_mtime for file in path.iterdir() if file.suffix in (".yaml", ".csv", ".json")),
     )
 

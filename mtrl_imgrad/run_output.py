@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from mtrl_imgrad import weights_and_biases
-from mtrl_imgrad.checkpoint import create_run, describe_run
+from mtrl_imgrad.checkpoint import Checkpoint, Parts, save_checkpoint, step_name
 from mtrl_imgrad.config import Config
+from mtrl_imgrad.csv_files import read_rows
 from mtrl_imgrad.evaluation import drop_rows_after
-from mtrl_imgrad.files import FolderLock
+from mtrl_imgrad.files import FolderLock, is_storage_failure
+from mtrl_imgrad.kept_checkpoints import BEST, best_success, prune
 from mtrl_imgrad.logs import RunLog
+from mtrl_imgrad.run_description import create_run, describe_run
 from mtrl_imgrad.tensorboard import describe
 from mtrl_imgrad.world import World
 
@@ -23,21 +27,28 @@ class RunOutput:
         config: of the run.
         world: its environments.
         held: the lock of a run folder to go on with; None makes a new one.
-        start: simulator steps per task trained before; what the folder has of later ones is dropped.
+        loaded: the checkpoint to go on from, None at the start; what the folder has of later steps is dropped.
         non_finite: as for `RunLog`.
 
     Raises:
         FileExistsError: a new folder has a name that is taken.
-        ValueError: the configuration cannot be written down.
+        ValueError: the configuration cannot be written down, or a file of the folder is damaged.
     """
 
     def __init__(
-        self, config: Config, world: World, held: FolderLock | None, start: int, non_finite: Tensor | None = None
+        self,
+        config: Config,
+        world: World,
+        held: FolderLock | None,
+        loaded: Checkpoint | None,
+        non_finite: Tensor | None = None,
     ) -> None:
-        self.config, self.tasks = config, world.tasks
+        self.config, self.tasks, self.saved = config, world.tasks, loaded
+        start = loaded.step if loaded else 0
         self.lock = held or create_run(config, world.description)
         self.folder: Path = self.lock.folder
         if held:
+            read_rows(self.folder / "eval.csv")  # it is added to at the very end, which is late for an error
             for name in ("eval_training.csv", "gradient_cosines.csv"):
                 drop_rows_after(self.folder / name, start)
             describe_run(self.folder, config, start)
@@ -49,6 +60,52 @@ class RunOutput:
         """Describe the run in TensorBoard, at its end with the tags of the final evaluation."""
         if self.config.log.tensorboard:
             describe(self.folder, self.config, self.tasks, step, final)
+
+    def save(self, step: int, state: dict[str, Any], parts: Parts, blocks: Parts, required: bool) -> None:
+        """Save a checkpoint and remove what is kept no longer. Where the disk fails, say so and leave the earlier
+        checkpoints as they are; the next interval tries again.
+
+        Args:
+            step: simulator steps per task.
+            state: as for `save_checkpoint`.
+            parts: as for `save_checkpoint`.
+            blocks: as for `save_checkpoint`.
+            required: whether there is no next interval.
+
+        Raises:
+            OSError: the disk failed, and the checkpoint is required.
+        """
+        before, kept = (self.saved.step, self.saved.kept) if self.saved else (0, False)
+        if step > before:
+            every = self.config.checkpoint.keep_every
+            kept = every > 0 and step // every > before // every
+        with_replay = blocks if self.config.checkpoint.replay else None
+        try:
+            self.saved = save_checkpoint(
+                self.folder, step_name(step), step, state, parts, with_replay, base=self.saved, kept=kept
+            )
+            prune(self.folder, self.saved)
+        except OSError as error:
+            if required or not is_storage_failure(error):
+                raise
+            self._tell_unsaved(f"the checkpoint of step {step:,}", error)
+
+    def save_best(self, step: int, evaluated: dict[str, float], state: dict[str, Any], parts: Parts) -> None:
+        """Save a checkpoint without replay as `best` if the evaluation's mean success is higher than that of the one
+        that is there."""
+        success = evaluated["eval/success_rate"]
+        if success <= best_success(self.folder):
+            return
+        try:
+            save_checkpoint(self.folder, BEST, step, state | {"success": success}, parts)
+        except OSError as error:
+            if not is_storage_failure(error):
+                raise
+            self._tell_unsaved(f"the best checkpoint, of step {step:,},", error)
+
+    def _tell_unsaved(self, what: str, error: OSError) -> None:
+        before = f"that of step {self.saved.step:,} stays" if self.saved else "there is none before it"
+        self.log.print(f"warning: {what} could not be saved ({error.strerror}); {before}, and training goes on")
 
     def finish_log(self, failed: bool) -> None:
         """Write out what is pending. The folder is held until `lock.release`."""

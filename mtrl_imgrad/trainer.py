@@ -12,6 +12,7 @@ from mtrl_imgrad.averages import by_task
 from mtrl_imgrad.baselines.sb3_run import Sb3Run
 from mtrl_imgrad.baselines.sb3_training import run_sb3_training
 from mtrl_imgrad.config import Config
+from mtrl_imgrad.files import refuse_ways_out
 from mtrl_imgrad.gradient_cosines import append_rows
 from mtrl_imgrad.logs import Stopwatch
 from mtrl_imgrad.run import Run
@@ -42,6 +43,8 @@ def open_run(
 ) -> tuple[Any, Callable[[Any], Path]]:
     """A run of `config.algorithm`, a context manager that closes it, and the loop that trains in it; arguments and
     errors are those of `Run`."""
+    if resume:
+        refuse_ways_out(resume)
     make, loop = (Run, run_training) if config.algorithm == "mtsac" else (Sb3Run, run_sb3_training)
     return make(config, resume, make_world, started), loop
 
@@ -86,6 +89,7 @@ def run_training(run: Run) -> Path:
         if evaluating:
             with watch.measure("evaluation"):
                 evaluated = run.evaluator.during_training(run.act, step)
+            run.keep_best(step, evaluated)
 
         # Report
         if evaluating or config.due(config.log.every, step) or step == steps[-1]:
@@ -102,12 +106,12 @@ def run_training(run: Run) -> Path:
 
         # Save
         if config.due(config.checkpoint.every, step) or run.interruption.number:
-            run.save(step)
+            run.save(step, required=bool(run.interruption.number))
             run.interruption.end_if_asked()
 
     last = steps[-1] if steps else run.start
     run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start; {watch.shares()}")
-    run.save(last)
+    run.save(last, required=True)
     run.interruption.nothing_to_lose = True
     run.interruption.end_if_asked()
     if config.eval.final:

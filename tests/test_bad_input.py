@@ -23,11 +23,11 @@ from mistakes import BAD_FILES, Mistake
 from mistakes_in_commands import IN_COMMANDS
 from mistakes_in_configs import IN_CONFIGS
 
-from mtrl_imgrad.checkpoint import read_config
 from mtrl_imgrad.cli import main
 from mtrl_imgrad.config import Config, to_dict
 from mtrl_imgrad.overlays import parse_config
 from mtrl_imgrad.parsing import UserError, printable
+from mtrl_imgrad.run_description import read_config
 
 KINDS = (*IN_CONFIGS, *IN_COMMANDS)
 PER_KIND, PER_KIND_SLOWLY = 12, 110

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from mtrl_imgrad.files import FolderLock, is_locked, write_whole
+from mtrl_imgrad.files import FolderLock, append_whole, is_locked, read_json, write_whole
 
 
 class TestWriteWhole:
@@ -23,6 +23,22 @@ class TestWriteWhole:
         with pytest.raises(UnicodeEncodeError):
             write_whole(tmp_path / "a.json", "\udc00")
         assert (tmp_path / "a.json").read_text() == "old"
+
+    def test_lines_are_added_to_what_is_there(self, tmp_path):
+        for line in ("a\n", "b\n"):
+            append_whole(tmp_path / "rows", line)
+        assert (tmp_path / "rows").read_text() == "a\nb\n"
+
+
+class TestReadJson:
+    @pytest.mark.parametrize(
+        "content", [b"", b"\xff\xfe", b"{", b"[" * 100_000, None], ids=["empty", "binary", "half", "deep", "none"]
+    )
+    def test_what_is_no_json_is_named_in_one_line(self, tmp_path, content):
+        if content is not None:
+            (tmp_path / "a.json").write_bytes(content)
+        with pytest.raises(ValueError, match=r"^run: .*a\.json cannot be read \(\w+\); it must be as"):
+            read_json(tmp_path / "a.json")
 
 
 class TestFolderLock:

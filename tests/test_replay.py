@@ -127,32 +127,6 @@ def test_draws_come_from_the_given_generator_alone():
     assert not replay.draw(50, torch.Generator().manual_seed(6)).equal(first)
 
 
-@pytest.mark.parametrize("written", [6, 10, 23], ids=["partly_filled", "just_full", "wrapped"])
-def test_state_round_trip_gives_the_same_batches_and_goes_on_alike(written):
-    story, original, restored = Story(3, 40, 2), _replay(10, 3, 2), _replay(10, 3, 2)
-    story.write(original, 0, written)
-    restored.load_state_dict({name: value.clone() for name, value in original.state_dict().items()})
-    for stop in (written, written + 5, 40):
-        story.write(original, original.written, stop)
-        story.write(restored, restored.written, stop)
-        ours, theirs = original.gather(_all_starts(original)), restored.gather(_all_starts(restored))
-        for name, value in vars(ours).items():
-            assert value.equal(getattr(theirs, name)), name
-
-
-def test_state_holds_what_is_filled_and_nothing_else():
-    replay = _replay(10, envs=2)
-    Story(3, 4, 2).write(replay, 0, 4)
-    assert replay.state_dict()["observations"].shape == (4, TASKS, 2, 3)
-
-
-def test_state_of_other_shapes_is_refused():
-    story, original = Story(3, 5, 2), _replay(10, envs=2)
-    story.write(original, 0, 5)
-    with pytest.raises(ValueError, match="replay: observations has shape"):
-        _replay(10, envs=1).load_state_dict(original.state_dict())
-
-
 def test_capacity_counts_transitions_per_task_over_its_environments():
     replay = Replay(100, TASKS, 4, 3, 2, gamma=GAMMA, n_step=1, device=CPU)
     assert replay.rewards.numel() == 100 * TASKS

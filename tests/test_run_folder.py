@@ -18,7 +18,9 @@ DONE = {"reach-v3": 7, "push-v3": 4}
 def _checkpoint(folder, step):
     place = folder / "checkpoints" / f"{step:010d}"
     place.mkdir(parents=True)
-    (place / "state.json").write_text(json.dumps({"format": 2, "step": step}))
+    state = {"size": 0, "sha256": ""}
+    manifest = {"format": 3, "step": step, "kept": False, "resumable": True, "files": {"state.json": state}}
+    (place / "manifest.json").write_text(json.dumps(manifest))
 
 
 def test_folders_are_found_up_to_two_levels_down_and_once(tmp_path):

@@ -24,10 +24,10 @@ from mtrl_imgrad.baselines.global_streams import GlobalStreams
 from mtrl_imgrad.baselines.sb3_model import LOSSES
 from mtrl_imgrad.baselines.sb3_run import Sb3Run, model_seeds
 from mtrl_imgrad.baselines.sb3_training import chunk_ends, run_sb3_training
-from mtrl_imgrad.checkpoint import read_config
 from mtrl_imgrad.config import BenchmarkConfig, CheckpointConfig, EnvsConfig, EvalConfig, LogConfig, Sb3Config
 from mtrl_imgrad.envs.sb3 import MtVecEnv
 from mtrl_imgrad.run import STREAMS
+from mtrl_imgrad.run_description import read_config
 
 CPU = torch.device("cpu")
 TASKS = ("east", "north", "west", "south")

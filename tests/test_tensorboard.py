@@ -160,14 +160,6 @@ class TestResume:
         train(config, resume=folder, make_world=make_world)
         assert {tag: [step for step, _ in points] for tag, points in everything(folder).items()} == before
 
-    def test_a_checkpoint_from_before_there_were_cosines_goes_on(self, tmp_path, read_csv):
-        config = run_config(tmp_path / "run")
-        folder = train(config, make_world=make_world)
-        (cosines,) = folder.glob("checkpoints/*/cosines.safetensors")
-        cosines.unlink()
-        train(replace(config, sac=replace(config.sac, steps=120)), resume=folder, make_world=make_world)
-        assert {row["step"] for row in read_csv(folder / "gradient_cosines.csv")} == {"40", "80", "120"}
-
     @pytest.mark.parametrize("which", ["straight", "interrupted"])
     def test_it_is_one_run(self, which, request):
         folder = request.getfixturevalue(which) / "tensorboard"

@@ -237,10 +237,11 @@ class TestCounting:
         """Every 25 steps, whatever the episodes are, and at the end."""
         saved = []
         save = Run.save
-        monkeypatch.setattr(Run, "save", lambda self, step: (saved.append(step), save(self, step)))
+        monkeypatch.setattr(Run, "save", lambda self, step, **how: (saved.append(step), save(self, step, **how)))
         train(short_config(tmp_path / "run", checkpoint=CheckpointConfig(every=25)), make_world=make_world)
         assert saved == [25, 50, 75, 100, 120]
-        assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["0000000120"]
+        names = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+        assert names == ["0000000100", "0000000120", "best"]
 
 
 class TestWarmup:

@@ -183,15 +183,14 @@ class Sb3Model:
         if self.sac.log_ent_coef is not None:
             self.sac.log_ent_coef.data.copy_(state["log_ent_coef"])
 
-    def replay(self) -> dict[str, Tensor]:
-        """The filled part of the replay buffer, without a copy."""
-        buffer = self._buffer()
-        return {name: torch.from_numpy(getattr(buffer, name)[: buffer.size()]) for name in STORED}
+    def rings(self) -> dict[str, Tensor]:
+        """The arrays of the replay buffer by name, `[slots, environments, ...]`, without a copy."""
+        return {name: torch.from_numpy(getattr(self._buffer(), name)) for name in STORED}
 
-    def load_replay(self, state: dict[str, Tensor]) -> None:
-        """Take back what `replay` gave."""
-        for name in STORED:
-            getattr(self._buffer(), name)[: len(state[name])] = state[name].numpy()
+    @property
+    def written(self) -> int:
+        """Slots of the replay buffer written so far, over all laps."""
+        return self.sac.num_timesteps // self.envs.num_envs
 
     def counters(self) -> dict[str, Any]:
         """Everything that is not a tensor, as JSON keeps it."""

@@ -24,15 +24,16 @@ import stable_baselines3
 import torch
 from torch import Tensor
 
-from mtrl_imgrad import weights_and_biases
+from mtrl_imgrad import ring_blocks, weights_and_biases
 from mtrl_imgrad.baselines.sb3_model import LOSSES, Sb3Model
 from mtrl_imgrad.baselines.sb3_policy import Sb3Policies, count_models, sees_task
-from mtrl_imgrad.checkpoint import has_checkpoint, newest_checkpoint, read_part, save_checkpoint
+from mtrl_imgrad.checkpoint import Checkpoint, Parts
 from mtrl_imgrad.config import Config, unused_fields
 from mtrl_imgrad.envs.sb3 import MtVecEnv
 from mtrl_imgrad.evaluation import Evaluator
 from mtrl_imgrad.files import FolderLock, read_object
 from mtrl_imgrad.interruption import Interruption
+from mtrl_imgrad.kept_checkpoints import choose_checkpoint, has_checkpoint
 from mtrl_imgrad.logs import EpisodeStatistics, Stopwatch
 from mtrl_imgrad.rewards import RewardNormalizer
 from mtrl_imgrad.run import CPU, EMA_RATE, STREAMS, choose_device
@@ -64,8 +65,9 @@ class Sb3Run:
         self.policies = Sb3Policies([model.sac.policy for model in self.models], len(self.tasks), sees_task(config))
         self.episodes = EpisodeStatistics(len(self.tasks))
 
-        self.start = self._restore(resume) if resume else 0
-        self.output = RunOutput(config, self.world, lock, self.start)
+        self.loaded = self._restore(resume) if resume else None
+        self.start = self.loaded.step if self.loaded else 0
+        self.output = RunOutput(config, self.world, lock, self.loaded)
         self.folder, self.log = self.output.folder, self.output.log
         beside = self.models[0].envs.envs if len(self.models) == 1 else None
         self.evaluator = Evaluator(config, self.world, self.folder, beside)
@@ -76,11 +78,13 @@ class Sb3Run:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.output.finish_log(failed=kind is not None)
-        for model in self.models:
-            model.envs.close()
-        self.evaluator.close()
-        self.output.lock.release()
+        try:
+            self.output.finish_log(failed=kind is not None)
+        finally:  # where nothing more can be written, no process stays behind either
+            for model in self.models:
+                model.envs.close()
+            self.evaluator.close()
+            self.output.lock.release()
 
     def _make_models(self, make_world: MakeWorld) -> list[Sb3Model]:
         """One for all tasks, in the environments of a run of ours; or one per task, each with its own environments."""
@@ -168,42 +172,52 @@ class Sb3Run:
         ):
             self.log.print(line)
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint, from which a resume gives the same numbers as going on."""
-        parts = {
-            "learner": [model.networks() for model in self.models],
-            "generators": [model.streams.state_dict() for model in self.models],
-            "rewards": [model.normalizer.state_dict() for model in self.models],
-            "replay": [model.replay() for model in self.models],
+    def save(self, step: int, required: bool = False) -> None:
+        """Write a checkpoint, from which a resume gives the same numbers as going on. One that is required raises an
+        OSError where it cannot be written; another is skipped with a warning."""
+        parts: Parts = {
+            "learner": self._networks,
+            "generators": lambda: _joined([model.streams.state_dict() for model in self.models]),
+            "rewards": lambda: _joined([model.normalizer.state_dict() for model in self.models]),
+            "episodes": self.episodes.state_dict,
         }
-        if not self.config.checkpoint.replay:
-            del parts["replay"]
-        flat = {part: _joined(states) for part, states in parts.items()} | {"episodes": self.episodes.state_dict()}
+        blocks: Parts = {
+            name: make
+            for number, model in enumerate(self.models)
+            for name, make in ring_blocks.blocks(f"replay-{number}", model.rings(), model.written).items()
+        }
+        state = self._description() | {"models": [model.counters() for model in self.models]}
+        self.output.save(step, state, parts, blocks, required)
+
+    def keep_best(self, step: int, evaluated: dict[str, float]) -> None:
+        """Save the networks as `best` if no evaluation before had a higher mean success."""
+        self.output.save_best(step, evaluated, self._description(), {"learner": self._networks})
+
+    def _networks(self) -> dict[str, Tensor]:
+        return _joined([model.networks() for model in self.models])
+
+    def _description(self) -> dict[str, Any]:
         buffer: Any = self.models[0].sac.replay_buffer
         entries = buffer.obs_shape[0] - (len(self.tasks) if sees_task(self.config) else 0)
-        sizes = {"observation_size": entries, "action_size": buffer.action_dim}
-        counters = [model.counters() for model in self.models]
-        save_checkpoint(self.folder, step, flat, {"tasks": self.tasks, "models": counters} | sizes)
+        return {"tasks": self.tasks, "observation_size": entries, "action_size": buffer.action_dim}
 
-    def _restore(self, folder: Path) -> int:
+    def _restore(self, folder: Path) -> Checkpoint | None:
         if not has_checkpoint(folder):  # it was stopped before its first one
-            return 0
-        checkpoint, state = newest_checkpoint(folder)
-        if not (checkpoint / "replay.safetensors").exists():
-            raise ValueError(
-                f"run: {folder} was saved with checkpoint.replay false; it can be evaluated, but not trained further."
-            )
-        learner, generators, rewards, replay = (
-            _split(read_part(checkpoint, part, CPU)) for part in ("learner", "generators", "rewards", "replay")
+            return None
+        checkpoint = choose_checkpoint(folder, resume=True)
+        counters = checkpoint.state()["models"]
+        learner, generators, rewards = (
+            _split(checkpoint.part(part, CPU)) for part in ("learner", "generators", "rewards")
         )
         for number, model in enumerate(self.models):
             model.load_networks(learner[number])
-            model.load_replay(replay[number])
-            model.load_counters(state["models"][number])
+            model.load_counters(counters[number])
+            stored = (checkpoint.part(name, CPU) for name in checkpoint.blocks(f"replay-{number}"))
+            ring_blocks.fill(model.rings(), model.written, stored)
             model.streams.load_state_dict(generators[number])
             model.normalizer.load_state_dict(rewards[number])
-        self.episodes.load_state_dict(read_part(checkpoint, "episodes", CPU))
-        return state["step"]
+        self.episodes.load_state_dict(checkpoint.part("episodes", CPU))
+        return checkpoint
 
     def elapsed(self) -> float:
         """Wall-clock seconds since the start."""

@@ -36,6 +36,7 @@ def run_sb3_training(run: Sb3Run) -> Path:
         if evaluating:
             with watch.measure("evaluation"):
                 evaluated = run.evaluator.during_training(run.act, step)
+            run.keep_best(step, evaluated)
 
         # Report
         if evaluating or config.due(config.log.every, step) or step == ends[-1]:
@@ -52,12 +53,12 @@ def run_sb3_training(run: Sb3Run) -> Path:
 
         # Save
         if config.due(config.checkpoint.every, step) or run.interruption.number:
-            run.save(step)
+            run.save(step, required=bool(run.interruption.number))
             run.interruption.end_if_asked()
         before = step
 
     run.log.print(f"last update {run.elapsed() / 60:.2f} minutes after the start; {watch.shares()}")
-    run.save(before)
+    run.save(before, required=True)
     run.interruption.nothing_to_lose = True
     run.interruption.end_if_asked()
     if config.eval.final:

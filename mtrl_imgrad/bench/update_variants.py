@@ -84,18 +84,12 @@ class Update:
             device=CPU,
         )
         lead = (size.transitions, size.tasks, 1)
-        never = torch.zeros(lead, dtype=torch.bool)
-        self.replay.load_state_dict(
-            {
-                "observations": torch.randn(*lead, OBSERVATION, generator=self.random),
-                "next_observations": torch.randn(*lead, OBSERVATION, generator=self.random),
-                "actions": torch.rand(*lead, ACTIONS, generator=self.random) * 2 - 1,
-                "rewards": torch.rand(lead, generator=self.random) * 10,
-                "terminated": never,
-                "ended": never,
-                "written": torch.tensor(size.transitions),
-            }
-        )
+        replay = self.replay
+        replay.observations[:] = torch.randn(*lead, OBSERVATION, generator=self.random)
+        replay.next_observations[:] = torch.randn(*lead, OBSERVATION, generator=self.random)
+        replay.actions[:] = torch.rand(*lead, ACTIONS, generator=self.random) * 2 - 1
+        replay.rewards[:] = torch.rand(lead, generator=self.random) * 10
+        replay.written = size.transitions
 
         self.compile()
 

@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal
 
-from mtrl_imgrad.checkpoint import run_name
 from mtrl_imgrad.comparison.estimate import measure
 from mtrl_imgrad.comparison.plan import PlannedRun, plan
 from mtrl_imgrad.comparison.processes import flags_of_share, share_of_machine, start_here
@@ -24,6 +23,7 @@ from mtrl_imgrad.files import FolderLock, check_place, make_folder
 from mtrl_imgrad.overlays import field_names
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
 from mtrl_imgrad.report.command import console_text, write_report
+from mtrl_imgrad.run_description import run_name
 
 HELP = """Train the same experiment with several aggregators and seeds, and compare them.
 

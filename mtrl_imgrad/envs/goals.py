@@ -82,7 +82,7 @@ class Goals:
 
 def _rows(task: str, plain: Any) -> Float64[np.ndarray, "goals coordinates"]:
     try:
-        rows = np.array(plain, np.float64)
+        rows: np.ndarray = np.array(plain, np.float64)
     except (TypeError, ValueError, OverflowError):
         rows = np.zeros(0)
     if rows.ndim != 2 or not len(rows) or rows.shape[1] not in (3, 6) or not np.isfinite(rows).all():

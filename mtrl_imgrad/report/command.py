@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from mtrl_imgrad.files import check_place
+from mtrl_imgrad.files import check_place, is_storage_failure
 from mtrl_imgrad.parsing import parse, told_as_user_errors
 
 if TYPE_CHECKING:
@@ -136,6 +136,8 @@ def _write_folder(out: Path, files: Mapping[str, str | bytes]) -> None:
             os.replace(place, old)
         os.replace(beside, place)
     except OSError as error:
+        if is_storage_failure(error):
+            raise OSError(error.errno, error.strerror, str(out)) from None
         raise OSError(f"out: {out} cannot be written ({error.strerror}); choose another folder.") from None
     finally:
         if old.exists() and not place.exists():

@@ -1,0 +1,35 @@
+"""The run folder's tables: CSV files whose first column is the step, read without their half-written rows."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+
+def csv_text(rows: Iterable[Sequence[Any]]) -> str:
+    """Rows as the text of a CSV file."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows(rows)
+    return text.getvalue()
+
+
+def read_rows(path: Path) -> list[list[str]]:
+    """Header and rows of a table; none where there is no file, and without a last row that is not whole.
+
+    Raises:
+        ValueError: it is not a table, or its first column is not a whole number.
+    """
+    try:
+        text = path.read_bytes().decode()
+        lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+        whole = [line for line in lines if len(line) == len(lines[0])]
+        if text and (not whole or "\0" in text or not all(line[0].isdecimal() for line in whole[1:])):
+            raise ValueError
+    except FileNotFoundError:
+        return []
+    except (OSError, IndexError, ValueError, csv.Error) as error:
+        raise ValueError(f"run: {path} is not a table of a run ({type(error).__name__}).") from None
+    return whole
