@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import yaml
 from test_comparison import PROGRAM, SHARE, TINY_COMMAND, finish, results, tiny_plan
 
 from mtrl_imgrad.cli import main
-from mtrl_imgrad.comparison.gathering import apply, changes
+from mtrl_imgrad.comparison.gathering import Changes, apply, changes
 from mtrl_imgrad.comparison.plan import plan
 from mtrl_imgrad.comparison.ray_launcher import RayRun, on_ray
 from mtrl_imgrad.comparison.sweep import Progress, run_all
@@ -154,11 +155,42 @@ class TestGathering:
         assert not any("lock" in name or ".tmp" in name for name in new.files)
         assert new.checkpoints == ("0000000001",)
 
+    def test_what_two_checkpoints_share_is_sent_and_kept_once(self, tmp_path):
+        source, copy = tmp_path / "source", tmp_path / "copy"
+        first, second = (source / "checkpoints" / name for name in ("0000000001", "0000000002"))
+        self.write(source, 1)
+        (first / "replay-0.safetensors").write_bytes(b"block")
+        new, known = changes(source, {})
+        apply(new, copy)
+        self.write(source, 2)
+        os.link(first / "replay-0.safetensors", second / "replay-0.safetensors")
+        new, known = changes(source, known)
+        assert b"block" not in new.files.values()
+        apply(new, copy)
+        fresh, _ = changes(source, {})
+        assert list(fresh.files.values()).count(b"block") == 1
+        apply(fresh, tmp_path / "fresh")
+        for folder in (copy, tmp_path / "fresh"):
+            assert self.contents(folder) == self.contents(source)
+            assert len({path.stat().st_ino for path in folder.rglob("replay-0.safetensors")}) == 1
+        (second / "replay-0.safetensors").unlink()  # it is kept without its replay
+        (second / "manifest.json").write_text("without")
+        new, known = changes(source, known)
+        assert list(new.files) == ["checkpoints/0000000002/manifest.json"]
+        apply(new, copy)
+        assert self.contents(copy) == self.contents(source)
+
+    def test_a_link_does_not_lead_out_of_the_folder(self, tmp_path):
+        (tmp_path / "secret").write_text("own")
+        changed = Changes({}, {"checkpoints/0000000001/state.json": "../secret"}, (), ())
+        with pytest.raises(ValueError, match="outside"):
+            apply(changed, tmp_path / "copy")
+
     @pytest.mark.parametrize("name", ["../outside", "/tmp/outside", "checkpoints/../../outside"])
     def test_nothing_leads_out_of_the_folder(self, tmp_path, name):
         self.write(tmp_path / "source", 1)
         new, _ = changes(tmp_path / "source", {})
         (tmp_path / "copy").mkdir()
         with pytest.raises(ValueError, match="outside"):
-            apply(type(new)({name: b"x"}, (), ()), tmp_path / "copy")
+            apply(type(new)({name: b"x"}, {}, (), ()), tmp_path / "copy")
         assert not (tmp_path / "outside").exists()
