@@ -36,6 +36,7 @@ def command_train(arguments: Sequence[str]) -> int:
     """Returns the exit code: 130 or 143 where SIGINT or SIGTERM ended it."""
     from mtrl_imgrad.kept_checkpoints import newest_step
     from mtrl_imgrad.run_description import read_config
+    from mtrl_imgrad.tensorboard import storage_failures_told_once
     from mtrl_imgrad.trainer import open_run
 
     taken, rest = take_options(arguments, ("resume",))
@@ -52,7 +53,7 @@ def command_train(arguments: Sequence[str]) -> int:
             refuse_fewer_steps(config.sac.steps, newest_step(resume))
     with told_as_user_errors():
         run, loop = open_run(config, resume, started=psutil.Process().create_time())
-    with run, run.interruption.by_signals():
+    with storage_failures_told_once(), run, run.interruption.by_signals():
         try:
             loop(run)
         except Stopped as stop:

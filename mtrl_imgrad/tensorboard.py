@@ -8,12 +8,14 @@ none of it is ever there twice. It needs no writer of torch's: wandb would follo
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import socket
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams, scalar, text
 
 from mtrl_imgrad.config import Config, to_dict
+from mtrl_imgrad.files import is_storage_failure
 from mtrl_imgrad.gradient_cosines import heat_map
 from mtrl_imgrad.overlays import CHANGEABLE
 
@@ -44,11 +47,34 @@ TASKS_PER_CHART = 10
 class TensorBoard(TensorBoardOutputFormat):
     """stable-baselines3's TensorBoard writer, which hides what an interrupted run left from `purge_step` on, with
     pictures of an evaluation.
+
+    The file is written by a thread of TensorBoard's. What it fails with is raised by a later call.
     """
 
     def __init__(self, folder: Path, purge_step: int) -> None:
+        self.folder = folder
         self.writer = SummaryWriter(str(folder), purge_step=purge_step)
         self._is_closed = False
+
+    def write(
+        self,
+        key_values: dict[str, Any],
+        key_excluded: dict[str, tuple[str, ...]],
+        step: int = 0,
+    ) -> None:
+        with self._named():
+            super().write(key_values, key_excluded, step)
+
+    def close(self) -> None:
+        with self._named():
+            super().close()
+
+    @contextlib.contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.folder)) from None
 
     def evaluation(
         self,
@@ -67,19 +93,36 @@ class TensorBoard(TensorBoardOutputFormat):
             cosines: between the tasks' gradients, by tag.
             parameters: of all networks, by name.
         """
-        for tag, matrix in cosines.items():
-            title = f"{tag} at step {step:,}"
-            self.writer.add_image(tag, heat_map(matrix.numpy(), tasks, title), step, dataformats="HWC")
-        for tag in DISTRIBUTIONS:
-            over_tasks = [values[f"{tag}/{task}"] for task in tasks if f"{tag}/{task}" in values]
-            self._histogram(f"over_tasks/{tag}", np.array(over_tasks), step)
-        for name, tensor in parameters.items():
-            self._histogram(f"parameters/{name}", tensor.detach().cpu().numpy(), step)
+        with self._named():
+            for tag, matrix in cosines.items():
+                title = f"{tag} at step {step:,}"
+                self.writer.add_image(tag, heat_map(matrix.numpy(), tasks, title), step, dataformats="HWC")
+            for tag in DISTRIBUTIONS:
+                over_tasks = [values[f"{tag}/{task}"] for task in tasks if f"{tag}/{task}" in values]
+                self._histogram(f"over_tasks/{tag}", np.array(over_tasks), step)
+            for name, tensor in parameters.items():
+                self._histogram(f"parameters/{name}", tensor.detach().cpu().numpy(), step)
 
     def _histogram(self, tag: str, values: np.ndarray, step: int) -> None:
         finite = values[np.isfinite(values)]
         if finite.size:  # a histogram of nothing, or of a NaN, raises
             self.writer.add_histogram(tag, finite, step)
+
+
+@contextlib.contextmanager
+def storage_failures_told_once() -> Iterator[None]:
+    """Within it, a full disk is told by the call that raises it, and not by a traceback of TensorBoard's thread too."""
+    before = threading.excepthook
+
+    def hook(failure: threading.ExceptHookArgs) -> None:
+        if not (isinstance(failure.exc_value, OSError) and is_storage_failure(failure.exc_value)):
+            before(failure)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def describe(

@@ -146,6 +146,17 @@ class TestCommands:
         assert limited(2**30, "train", "--resume", run, "--sac.steps", "400").returncode == 0
         assert read_progress(tmp_path / "run")[-1] == read_progress(tmp_path / "straight")[-1]
 
+    def test_tensorboard_events_that_cannot_be_written_end_the_run_with_one_line_and_it_can_go_on(self, tmp_path):
+        """The limit is above the size of every other file."""
+        run = str(tmp_path / "run")
+        flags = (*self.FLAGS, "--eval.every", "20", "--sac.steps", "400", "--log.tensorboard", "True")
+        done = limited(80_000, "train", *flags, "--run-dir", run)
+        assert done.returncode == 1, done.stderr
+        (line,) = done.stderr.splitlines()
+        assert f"{run}/tensorboard could not be written (File too large)" in line
+        assert limited(2**30, "train", "--resume", run).returncode == 0
+        assert (tmp_path / "run" / "eval.csv").exists()
+
     def test_a_report_that_cannot_be_written_is_told_in_one_line(self, tmp_path, monkeypatch, capsys):
         folder = train(short_config(tmp_path / "run"), make_world=make_world)
         monkeypatch.setattr("pathlib.Path.write_bytes", fail)
