@@ -121,6 +121,10 @@ def record(options: RecordOptions, tell: Callable[[Episode], None] = lambda epis
     from mtrl_imgrad.run import choose_device
     from mtrl_imgrad.video import together
 
+    try:
+        graphics_library()
+    except DependencyNotInstalled as missing:
+        raise ValueError(str(missing).replace("; ", ";\n", 1)) from None
     agent = load(options.run, str(choose_device(options.device)), options.checkpoint)
     goals = Goals.from_dict(read_object(options.run / "goals.json"))
     indices = chosen_goals(options, goals.num_goals)
@@ -131,10 +135,6 @@ def record(options: RecordOptions, tell: Callable[[Episode], None] = lambda epis
             raise ValueError(f"goals: the run's goals.json has none for {task}; given are those of {goals.tasks}.")
     out = options.out or options.run / "videos"
     check_place("out", out)
-    try:
-        graphics_library()
-    except DependencyNotInstalled as missing:
-        raise ValueError(str(missing).replace("; ", ";\n", 1)) from None
     make_folder("out", out)
     for name, tasks in groups.items():
         width, height = tile_size(options.size, len(tasks))
