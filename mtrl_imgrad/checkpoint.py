@@ -13,12 +13,13 @@ Which of them a run has and keeps is in `kept_checkpoints`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -80,12 +81,21 @@ class Checkpoint:
         try:
             return load_file(self.place / f"{name}.safetensors", device=str(device))
         except (OSError, ValueError, SafetensorError) as error:
-            what = f"{name} of checkpoint {self.place}"
-            raise ValueError(f"run: {what} cannot be read ({type(error).__name__}).") from None
+            raise ValueError(f"{name}.safetensors cannot be read, {type(error).__name__}") from None
 
     def blocks(self, prefix: str) -> list[str]:
         """Names of the replay's files, without suffix, that begin so."""
         return sorted(Path(name).stem for name in self.files if name.startswith(f"{prefix}-"))
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take what it holds: a ValueError inside says why that does not belong to this run, and is told as one of the
+        checkpoint's."""
+        try:
+            yield
+        except ValueError as error:
+            why = f"{str(error).rstrip('.')}); remove it to use an earlier one."
+            raise ValueError(f"run: checkpoint {self.place} is none of this run ({why}") from None
 
 
 def save_checkpoint(

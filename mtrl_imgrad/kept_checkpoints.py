@@ -100,9 +100,10 @@ def newest_step(folder: Path) -> int:
 
 
 def _named(folder: Path, which: str) -> Checkpoint:
-    place = folder / "checkpoints" / (step_name(int(which)) if which.isdecimal() else which)
+    name = which if which == BEST else step_name(int(which)) if re.fullmatch("[0-9]{1,18}", which) else None
+    place = folder / "checkpoints" / (name or BEST)
     found = [path for path in (place, place.with_suffix(".old")) if path.is_dir()]
-    if not found or not (which == "best" or which.isdecimal()):
+    if not found or not name:
         steps = [str(int(path.stem)) for path in _by_step(folder)]
         best = ["best"] if (folder / "checkpoints" / "best").is_dir() else []
         raise ValueError(f"checkpoint: {folder} has no {which!r}; there are {', '.join(['newest', *best, *steps])}.")

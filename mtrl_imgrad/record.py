@@ -114,8 +114,8 @@ def record(options: RecordOptions, tell: Callable[[Episode], None] = lambda epis
     check_options(options)
     from gymnasium.error import DependencyNotInstalled
 
-    from mtrl_imgrad.agent import load
-    from mtrl_imgrad.envs import Goals
+    from mtrl_imgrad.agent import check_tasks, load
+    from mtrl_imgrad.envs import Goals, expand_tasks
     from mtrl_imgrad.envs.rendering import graphics_library
     from mtrl_imgrad.playback import Show, play_task
     from mtrl_imgrad.run import choose_device
@@ -126,6 +126,7 @@ def record(options: RecordOptions, tell: Callable[[Episode], None] = lambda epis
     except DependencyNotInstalled as missing:
         raise ValueError(str(missing).replace("; ", ";\n", 1)) from None
     agent = load(options.run, str(choose_device(options.device)), options.checkpoint)
+    check_tasks(agent, expand_tasks(agent.config.benchmark.tasks))
     goals = Goals.from_dict(read_object(options.run / "goals.json"))
     indices = chosen_goals(options, goals.num_goals)
     groups = {name: agent.tasks if name == "all" else (name,) for name in options.task}
