@@ -33,6 +33,7 @@ from mtrl_imgrad.files import read_object, sync, write_whole
 
 FORMAT = 3
 """1 held no running episodes, and neither 1 nor 2 had a manifest."""
+READS = f"this version reads {FORMAT}; use the one that versions.json names."
 FILE_NAME = re.compile(r"[a-z0-9_-]+\.(json|safetensors)")
 REPLAY = "replay"
 """Begins the names of the replay's files."""
@@ -169,10 +170,10 @@ def read_manifest(place: Path) -> Checkpoint:
         manifest = json.loads((place / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, FileNotFoundError) and (former := _former_format(place)):
-            raise ValueError(f"run: checkpoint {place} has format {former}; this version reads {FORMAT}.") from None
+            raise ValueError(f"run: checkpoint {place} has format {former}; {READS}") from None
         raise DamagedError(f"checkpoint {place} is damaged (manifest.json: {type(error).__name__})") from None
     if isinstance(manifest, dict) and isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
-        raise ValueError(f"run: checkpoint {place} has format {manifest['format']}; this version reads {FORMAT}.")
+        raise ValueError(f"run: checkpoint {place} has format {manifest['format']}; {READS}")
     try:
         step, kept, resumable, files = (manifest[name] for name in ("step", "kept", "resumable", "files"))
         plain = {name: {"size": int(file["size"]), "sha256": str(file["sha256"])} for name, file in files.items()}

@@ -37,5 +37,7 @@ def read_rows(path: Path) -> list[list[str]]:
     except FileNotFoundError:
         return []
     except (OSError, IndexError, ValueError, csv.Error) as error:
-        raise ValueError(f"run: {path} is not a table of a run ({type(error).__name__}).") from None
+        raise ValueError(
+            f"run: {path} is not a table of a run ({type(error).__name__}); it must be as the run wrote it."
+        ) from None
     return whole

@@ -68,10 +68,11 @@ def choose_checkpoint(folder: Path, which: str = "newest", resume: bool = False)
             print(f"{damage}; going on from {checkpoint.place}", file=sys.stderr)
         return checkpoint
     if damages:
-        raise ValueError(f"run: {damages[0]}, and there is no whole one before it.")
+        raise ValueError(f"run: {damages[0]}, and there is no whole one before it; use a copy of the run.")
     if has_checkpoint(folder):
         raise ValueError(
-            f"run: {folder} was saved with checkpoint.replay false; it can be evaluated, but not trained further."
+            f"run: {folder} was saved with checkpoint.replay false; it can be evaluated, but not trained further; "
+            "for that it must be true."
         )
     raise ValueError(f"run: {folder} has no checkpoint yet.")
 
@@ -111,7 +112,7 @@ def _named(folder: Path, which: str) -> Checkpoint:
         checkpoint = read_manifest(found[0])
         verify(checkpoint, with_replay=False)
     except DamagedError as damage:
-        raise ValueError(f"run: {damage}.") from None
+        raise ValueError(f"run: {damage}; choose another one.") from None
     return checkpoint
 
 

@@ -152,7 +152,7 @@ def read_run_folder(path: Path) -> RunFolder:
     if isinstance(versions, Mapping):  # one entry, as runs before there was a resume have it
         versions = [versions]
     if not isinstance(versions, list) or not all(isinstance(entry, Mapping) for entry in versions):
-        raise ValueError(f"run: {path / 'versions.json'} must be a list of objects.")
+        raise ValueError(f"run: {path / 'versions.json'} must be a list of objects, as the run wrote it.")
     training_rows, evaluation_rows = (_rows(path / name) for name in ("eval_training.csv", "eval.csv"))
     return RunFolder(
         path=path,
@@ -184,7 +184,7 @@ def _rows(path: Path) -> Rows:
     try:
         return tuple(row for row in reader if None not in row and None not in row.values())
     except csv.Error as error:
-        raise ValueError(f"run: {path} is not a table of a run ({error}).") from None
+        raise ValueError(f"run: {path} is not a table of a run ({error}); it must be as the run wrote it.") from None
 
 
 def _well_formed(rows: Rows) -> Rows:

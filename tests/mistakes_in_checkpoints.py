@@ -168,7 +168,8 @@ def changed_tensors(chance: random.Random) -> Spoil:
 
 NO_TENSORS = (b"", b"\0" * 8, b"{}", struct.pack("<Q", 2**63) + b"{}", struct.pack("<Q", 2) + b"{]",
               struct.pack("<Q", 2) + b"{}" + b"x" * 50, pickle.dumps([1]), b"\xff" * 1000,
-              struct.pack("<Q", 71) + b'{"actor":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4]}}   ')  # fmt: skip
+              struct.pack("<Q", 71) + b'{"actor":{"dtype":"F32","shape":[1000000000],"data_offsets":[0,4]}}   ',
+              )  # fmt: skip
 
 
 def foreign_tensors(chance: random.Random) -> Mistake:
@@ -209,7 +210,8 @@ def foreign_generators(chance: random.Random) -> Mistake:
 
 
 TABLES = ("progress.csv", "eval.csv", "eval_training.csv", "gradient_cosines.csv")
-NO_TABLES = (b"\0" * 50, b"\x80\xff\n", b"step,a\nx,1\n", b"step,a\n-1,1\n", "step,a\n²,1\n".encode(), b"step,a\n1.5,1\n",
+NO_TABLES = (b"\0" * 50, b"\x80\xff\n", b"step,a\nx,1\n", b"step,a\n-1,1\n", b"step,a\n1.5,1\n",
+             "step,a\n²,1\n".encode(),
              "step,a\n\uff14,1\n".encode(), b"step,a\n" + b"9" * 5_000 + b",1\n", b"step,a\n,1\n",
              b"step,a\n4," + b"x" * 200_000 + b"\n", pickle.dumps([1]) + b"\n")  # fmt: skip
 
@@ -222,9 +224,7 @@ def damaged_table(chance: random.Random) -> Mistake:
 
 def damaged_history(chance: random.Random) -> Mistake:
     """A versions.json that holds no history."""
-    content = chance.choice((*NO_JSON, b"{}", b'{"torch": "2"}')[:-2])
-    if content == b"[]":  # an empty history is one
-        content = b'"x"'
+    content = chance.choice([b"{}", b"[3]", b"[[]]", *(text for text in NO_JSON if text != b"[]")])  # [] is empty
     return Mistake(RESUME, ("versions.json",), spoilt={"versions.json": lambda _: content})
 
 
@@ -237,7 +237,8 @@ def odd_texts(chance: random.Random) -> dict[str, Spoil]:
     tables = (head + rows, head + rows.replace(b"reach-v3", b"\x1b[31m"), head * 2 + rows, rows, head + rows * 2,
               head + rows.replace(b"4,", "²,".encode(), 3), head + rows.replace(b",1,", b",2,"), head.upper() + rows,
               b"step,step\n1,2\n", b"step\nnan\ninf\n1e308\n", b'step,"a\n1,2\n', b"step,\x1b[31m\n1,2\n",
-              head + rows.replace(b"4,r", b"9" * 30 + b",r"), b"step,eval/success_rate\n4,9e999\n", *NO_TABLES)  # fmt: skip
+              head + rows.replace(b"4,r", b"9" * 30 + b",r"),
+              b"step,eval/success_rate\n4,9e999\n", *NO_TABLES)  # fmt: skip
     texts = {"versions.json": ones, "goals.json": ones, "command.txt": (b"\0\x1b[31m\xff", b"x" * 10**6)}
     texts |= dict.fromkeys(TABLES, tables)
     chosen = {name: chance.choice(texts[name]) for name in chance.sample(list(texts), chance.randrange(1, 4))}
