@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from mtrl_imgrad.kept_checkpoints import BEST, choose_checkpoint
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.run import choose_device
 from mtrl_imgrad.run_description import read_config
+from mtrl_imgrad.saved_state import count, entry
 from mtrl_imgrad.world import metaworld
 
 
@@ -113,16 +115,24 @@ def load(run: str | Path, device: str = "cpu", checkpoint: str = "newest") -> Ag
     folder = Path(run)
     config = read_config(folder)
     chosen = choose_checkpoint(folder, checkpoint)
-    state = chosen.state()
     make = _mtsac if config.algorithm == "mtsac" else _sb3
-    networks = chosen.part("learner", torch.device(device))
-    return Agent(config, tuple(state["tasks"]), chosen.step, make(config, state, networks, torch.device(device)))
+    with chosen.taken():
+        state, networks = chosen.state(), chosen.part("learner", torch.device(device))
+        tasks: list[Any] = entry(state, "tasks", list)
+        if not tasks or not all(isinstance(task, str) for task in tasks) or len(set(tasks)) < len(tasks):
+            raise ValueError("'tasks' must be names, each once")
+        # Networks have more parameters than inputs or tasks; another number would make networks of any size.
+        most = max((tensor.numel() for tensor in networks.values()), default=0)
+        sizes = (count(state, "observation_size", most), count(state, "action_size", most))
+        act = make(config, len(tasks), sizes, networks, torch.device(device))
+    return Agent(config, tuple(tasks), chosen.step, act)
 
 
-def _mtsac(config: Config, state: dict[str, Any], networks: dict[str, Tensor], device: torch.device) -> Act:
+def _mtsac(
+    config: Config, tasks: int, sizes: tuple[int, int], networks: dict[str, Tensor], device: torch.device
+) -> Act:
     generator = torch.Generator().manual_seed(config.seed)
-    sizes = (state["observation_size"], state["action_size"])
-    learner = Learner(config, len(state["tasks"]), *sizes, device, generator)
+    learner = Learner(config, tasks, *sizes, device, generator)
     learner.load_state_dict(networks)
 
     def act(observations: Tensor, deterministic: bool) -> Tensor:
@@ -133,16 +143,26 @@ def _mtsac(config: Config, state: dict[str, Any], networks: dict[str, Tensor], d
     return act
 
 
-def _sb3(config: Config, state: dict[str, Any], networks: dict[str, Tensor], device: torch.device) -> Act:
+def _sb3(config: Config, tasks: int, sizes: tuple[int, int], networks: dict[str, Tensor], device: torch.device) -> Act:
     streams = GlobalStreams(config.seed, device)
-    sizes = (state["observation_size"], state["action_size"])
-    policies = load_policies(config, len(state["tasks"]), networks, sizes, device)
+    policies = load_policies(config, tasks, networks, sizes, device)
 
     def act(observations: Tensor, deterministic: bool) -> Tensor:
         with streams.lent():
             return policies.act(observations, deterministic)
 
     return act
+
+
+def check_tasks(agent: Agent, tasks: Sequence[str]) -> None:
+    """Compare an agent's tasks with those of its run's configuration: their order is that of the networks' rows.
+
+    Raises:
+        ValueError: the checkpoint has others, or in another order.
+    """
+    if agent.tasks != tuple(tasks):
+        found, must = ", ".join(agent.tasks), ", ".join(tasks)
+        raise ValueError(f"run: the tasks of its checkpoint are {found}; they must be those of config.yaml, {must}.")
 
 
 def evaluate_run(run: str | Path, device: str = "auto", checkpoint: str = "newest") -> tuple[list[Episode], Path, str]:
@@ -158,6 +178,7 @@ def evaluate_run(run: str | Path, device: str = "auto", checkpoint: str = "newes
     folder, chosen = Path(run), choose_device(device)
     agent = load(folder, str(chosen), checkpoint)
     world = metaworld(agent.config, read_object(folder / "goals.json"))
+    check_tasks(agent, world.tasks)
     path = folder / ("eval_best.csv" if checkpoint == BEST else "eval.csv")
     read_rows(path)  # before the work, not after it
     envs = world.evaluation(None)

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtrl_imgrad.saved_state import check_like
+
 
 class Averages:
     """Means over the updates since the last `pop`, of numbers, vectors and matrices by tag."""
@@ -44,8 +46,21 @@ class Averages:
         return {tag: row.clone() for tag, row in self._by_tag(self.sums).items()} | {"count": torch.tensor(self.count)}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.count = int(state["count"])
-        self.sums = self._stack({tag: value for tag, value in state.items() if tag != "count"})
+        """Take back what `state_dict` gave.
+
+        Raises:
+            ValueError: it did not give this. (Which tags there are only the next update knows.)
+        """
+        check_like({"count": state["count"]} if "count" in state else {}, {"count": torch.tensor(self.count)})
+        sums = {tag: value for tag, value in state.items() if tag != "count"}
+        sizes = {size for value in sums.values() for size in value.shape}
+        if len(sizes) > 1 or any(value.ndim > 2 or value.dtype != torch.float64 for value in sums.values()):
+            raise ValueError("sums must be float64, and have the number of tasks on all of at most 2 axes")
+        number = int(state["count"])
+        if number < 0 or (number == 0) != (not sums):
+            raise ValueError(f"'count' is {number} with sums of {len(sums)} tags")
+        self.count = number
+        self.sums = self._stack(sums)
 
 
 def by_task(means: dict[str, Tensor], tasks: Sequence[str]) -> dict[str, float]:

@@ -13,12 +13,13 @@ Which of them a run has and keeps is in `kept_checkpoints`.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from mtrl_imgrad.files import read_object, sync, write_whole
 
 FORMAT = 3
 """1 held no running episodes, and neither 1 nor 2 had a manifest."""
+READS = f"this version reads {FORMAT}; use the one that versions.json names."
 FILE_NAME = re.compile(r"[a-z0-9_-]+\.(json|safetensors)")
 REPLAY = "replay"
 """Begins the names of the replay's files."""
@@ -80,12 +82,21 @@ class Checkpoint:
         try:
             return load_file(self.place / f"{name}.safetensors", device=str(device))
         except (OSError, ValueError, SafetensorError) as error:
-            what = f"{name} of checkpoint {self.place}"
-            raise ValueError(f"run: {what} cannot be read ({type(error).__name__}).") from None
+            raise ValueError(f"{name}.safetensors cannot be read, {type(error).__name__}") from None
 
     def blocks(self, prefix: str) -> list[str]:
         """Names of the replay's files, without suffix, that begin so."""
         return sorted(Path(name).stem for name in self.files if name.startswith(f"{prefix}-"))
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take what it holds: a ValueError inside says why that does not belong to this run, and is told as one of the
+        checkpoint's."""
+        try:
+            yield
+        except ValueError as error:
+            why = f"{str(error).rstrip('.')}); remove it to use an earlier one."
+            raise ValueError(f"run: checkpoint {self.place} is none of this run ({why}") from None
 
 
 def save_checkpoint(
@@ -159,10 +170,10 @@ def read_manifest(place: Path) -> Checkpoint:
         manifest = json.loads((place / "manifest.json").read_bytes())
     except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, FileNotFoundError) and (former := _former_format(place)):
-            raise ValueError(f"run: checkpoint {place} has format {former}; this version reads {FORMAT}.") from None
+            raise ValueError(f"run: checkpoint {place} has format {former}; {READS}") from None
         raise DamagedError(f"checkpoint {place} is damaged (manifest.json: {type(error).__name__})") from None
     if isinstance(manifest, dict) and isinstance(manifest.get("format"), int) and manifest["format"] != FORMAT:
-        raise ValueError(f"run: checkpoint {place} has format {manifest['format']}; this version reads {FORMAT}.")
+        raise ValueError(f"run: checkpoint {place} has format {manifest['format']}; {READS}")
     try:
         step, kept, resumable, files = (manifest[name] for name in ("step", "kept", "resumable", "files"))
         plain = {name: {"size": int(file["size"]), "sha256": str(file["sha256"])} for name, file in files.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,11 @@ def csv_text(rows: Iterable[Sequence[Any]]) -> str:
     return text.getvalue()
 
 
+def is_step(text: str) -> bool:
+    """Whether a cell has a number of simulator steps, as a run writes it."""
+    return re.fullmatch("[0-9]{1,18}", text) is not None
+
+
 def read_rows(path: Path) -> list[list[str]]:
     """Header and rows of a table; none where there is no file, and without a last row that is not whole.
 
@@ -26,10 +32,12 @@ def read_rows(path: Path) -> list[list[str]]:
         text = path.read_bytes().decode()
         lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
         whole = [line for line in lines if len(line) == len(lines[0])]
-        if text and (not whole or "\0" in text or not all(line[0].isdecimal() for line in whole[1:])):
+        if text and (not whole or "\0" in text or not all(is_step(line[0]) for line in whole[1:])):
             raise ValueError
     except FileNotFoundError:
         return []
     except (OSError, IndexError, ValueError, csv.Error) as error:
-        raise ValueError(f"run: {path} is not a table of a run ({type(error).__name__}).") from None
+        raise ValueError(
+            f"run: {path} is not a table of a run ({type(error).__name__}); it must be as the run wrote it."
+        ) from None
     return whole

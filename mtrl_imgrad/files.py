@@ -122,6 +122,23 @@ def check_place(name: str, folder: Path) -> None:
         raise ValueError(f"{name}: {above} is no folder; choose another place.")
 
 
+def check_file(name: str, path: Path) -> None:
+    """Whether a file can be written into a folder that is there; found out by opening it, which changes nothing.
+
+    Raises:
+        ValueError: there is something else at it, or it cannot be written there.
+    """
+    try:
+        new = not path.exists()
+        if not new and not path.is_file():
+            raise ValueError(f"{name}: {path} is no file; choose another name.")
+        path.open("ab").close()
+        if new:
+            path.unlink()
+    except OSError as error:
+        raise ValueError(f"{name}: {path} cannot be written ({error.strerror}); choose another place.") from None
+
+
 def make_folder(name: str, folder: Path) -> None:
     """Make a folder, with those above it.
 

@@ -68,10 +68,11 @@ def choose_checkpoint(folder: Path, which: str = "newest", resume: bool = False)
             print(f"{damage}; going on from {checkpoint.place}", file=sys.stderr)
         return checkpoint
     if damages:
-        raise ValueError(f"run: {damages[0]}, and there is no whole one before it.")
+        raise ValueError(f"run: {damages[0]}, and there is no whole one before it; use a copy of the run.")
     if has_checkpoint(folder):
         raise ValueError(
-            f"run: {folder} was saved with checkpoint.replay false; it can be evaluated, but not trained further."
+            f"run: {folder} was saved with checkpoint.replay false; it can be evaluated, but not trained further; "
+            "for that it must be true."
         )
     raise ValueError(f"run: {folder} has no checkpoint yet.")
 
@@ -100,9 +101,10 @@ def newest_step(folder: Path) -> int:
 
 
 def _named(folder: Path, which: str) -> Checkpoint:
-    place = folder / "checkpoints" / (step_name(int(which)) if which.isdecimal() else which)
+    name = which if which == BEST else step_name(int(which)) if re.fullmatch("[0-9]{1,18}", which) else None
+    place = folder / "checkpoints" / (name or BEST)
     found = [path for path in (place, place.with_suffix(".old")) if path.is_dir()]
-    if not found or not (which == "best" or which.isdecimal()):
+    if not found or not name:
         steps = [str(int(path.stem)) for path in _by_step(folder)]
         best = ["best"] if (folder / "checkpoints" / "best").is_dir() else []
         raise ValueError(f"checkpoint: {folder} has no {which!r}; there are {', '.join(['newest', *best, *steps])}.")
@@ -110,7 +112,7 @@ def _named(folder: Path, which: str) -> Checkpoint:
         checkpoint = read_manifest(found[0])
         verify(checkpoint, with_replay=False)
     except DamagedError as damage:
-        raise ValueError(f"run: {damage}.") from None
+        raise ValueError(f"run: {damage}; choose another one.") from None
     return checkpoint
 
 

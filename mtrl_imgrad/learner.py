@@ -12,6 +12,7 @@ from mtrl_imgrad.compilation import CapturedUpdate, CompilationError, Update, co
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.replay import Batch
 from mtrl_imgrad.sac_update import LOSSES, Metrics, Noise, State, build_update
+from mtrl_imgrad.saved_state import check_like
 
 
 class NonFiniteError(ArithmeticError):
@@ -137,12 +138,8 @@ class Learner:
         """Take back what `state_dict` gave.
 
         Raises:
-            ValueError: a name or shape differs, e.g. because the networks differ.
+            ValueError: a name, shape or type differs, e.g. because the networks differ.
         """
-        own = self.state
-        if {name: x.shape for name, x in own.items()} != {name: x.shape for name, x in state.items()}:
-            raise ValueError(
-                "checkpoint: its parameters have other names or shapes than this configuration's networks."
-            )
-        for name, value in own.items():
+        check_like(state, self.state)
+        for name, value in self.state.items():
             value.copy_(state[name])

@@ -22,6 +22,7 @@ from mtrl_imgrad.csv_files import csv_text, read_rows
 from mtrl_imgrad.files import append_whole, write_whole
 from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.sac_update import LOSSES
+from mtrl_imgrad.saved_state import check_like
 from mtrl_imgrad.tensorboard import FOLDER, TensorBoard
 
 
@@ -91,6 +92,7 @@ class EpisodeStatistics:
         return {"ended": torch.as_tensor(self.ended.copy())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        check_like(state, self.state_dict())
         self.ended = state["ended"].cpu().numpy().copy()
 
 

@@ -116,9 +116,9 @@ def take_options(arguments: Sequence[str], names: Sequence[str]) -> tuple[list[t
         name, equals, value = argument.removeprefix("--").partition("=")
         if not argument.startswith("--") or name not in names:
             rest.append(argument)
-        elif equals:
+        elif equals and value:
             taken.append((name, value))
-        elif left and not left[0].startswith("--"):
+        elif not equals and left and not left[0].startswith("--"):
             taken.append((name, left.pop(0)))
             if left and not left[0].startswith("--"):
                 raise UserError(f"--{name}: one value is allowed, but {left[0]!r} follows {taken[-1][1]!r}.")

@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import tyro
@@ -67,15 +68,20 @@ def parse(
         SystemExit: help was asked for and printed.
     """
     message = io.StringIO()
+    config = (tyro.conf.FlagCreatePairsOff if switches else tyro.conf.FlagConversionOff,)
+    parsed = partial(tyro.cli, kind, prog=f"{PROGRAM} {command}", description=description, config=config)
     try:
         with contextlib.redirect_stderr(message):
-            config = (tyro.conf.FlagCreatePairsOff if switches else tyro.conf.FlagConversionOff,)
-            return tyro.cli(
-                kind, args=list(arguments), prog=f"{PROGRAM} {command}", description=description, config=config
-            )
+            return parsed(args=list(arguments))
     except SystemExit as stop:
         if stop.code in (0, None):
             raise
+    shown = ["".join(map(_spelled, argument)) or "''" for argument in arguments]
+    if shown != list(arguments):  # the boxes' colours are taken out below, and a user's own would go with them
+        again = io.StringIO()
+        with contextlib.redirect_stderr(again), contextlib.suppress(SystemExit):
+            parsed(args=shown)
+        message = again if again.getvalue() else message
     lines = [re.sub(r"[│╭╮╰╯├┤─]|\x1b\[[0-9;]*m", " ", line).strip(" -") for line in message.getvalue().splitlines()]
     filled = [line for line in lines if line]
     ends = ("Perhaps you meant", "Argument helptext", "For full helptext", "Arguments similar")

@@ -114,14 +114,19 @@ def record(options: RecordOptions, tell: Callable[[Episode], None] = lambda epis
     check_options(options)
     from gymnasium.error import DependencyNotInstalled
 
-    from mtrl_imgrad.agent import load
-    from mtrl_imgrad.envs import Goals
+    from mtrl_imgrad.agent import check_tasks, load
+    from mtrl_imgrad.envs import Goals, expand_tasks
     from mtrl_imgrad.envs.rendering import graphics_library
     from mtrl_imgrad.playback import Show, play_task
     from mtrl_imgrad.run import choose_device
     from mtrl_imgrad.video import together
 
+    try:
+        graphics_library()
+    except DependencyNotInstalled as missing:
+        raise ValueError(str(missing).replace("; ", ";\n", 1)) from None
     agent = load(options.run, str(choose_device(options.device)), options.checkpoint)
+    check_tasks(agent, expand_tasks(agent.config.benchmark.tasks))
     goals = Goals.from_dict(read_object(options.run / "goals.json"))
     indices = chosen_goals(options, goals.num_goals)
     groups = {name: agent.tasks if name == "all" else (name,) for name in options.task}
@@ -131,10 +136,6 @@ def record(options: RecordOptions, tell: Callable[[Episode], None] = lambda epis
             raise ValueError(f"goals: the run's goals.json has none for {task}; given are those of {goals.tasks}.")
     out = options.out or options.run / "videos"
     check_place("out", out)
-    try:
-        graphics_library()
-    except DependencyNotInstalled as missing:
-        raise ValueError(str(missing).replace("; ", ";\n", 1)) from None
     make_folder("out", out)
     for name, tasks in groups.items():
         width, height = tile_size(options.size, len(tasks))

@@ -6,6 +6,8 @@ import numpy as np
 from jaxtyping import Float
 from torch import Tensor, as_tensor
 
+from mtrl_imgrad.saved_state import check_like
+
 
 class RewardNormalizer:
     """Divides each task's reward by the root of its exponential moving variance.
@@ -34,4 +36,5 @@ class RewardNormalizer:
         return {"mean": as_tensor(self.mean.copy()), "variance": as_tensor(self.variance.copy())}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        check_like(state, self.state_dict())
         self.mean, self.variance = (state[name].cpu().numpy().copy() for name in ("mean", "variance"))

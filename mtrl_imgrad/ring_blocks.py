@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from mtrl_imgrad.checkpoint import Parts, Tensors
+from mtrl_imgrad.saved_state import check_like
 
 BLOCK_BYTES = 16 * 2**20
 """What a block takes in memory, about. The one that is being filled is written again by every checkpoint."""
@@ -57,17 +58,30 @@ def fill(rings: Mapping[str, Tensor], written: int, stored: Iterable[Tensors]) -
     length = len(rings["observations"])
     expected = 0
     for block in stored:
+        _check_block(block, rings)
         start, slots = int(block["start"]), len(block["observations"])
         if start != expected or start + slots > length:
             raise ValueError(f"replay: a block begins at {start}, where {expected} of {length} slots are filled.")
         for name, values in unpacked(block).items():
-            ring = rings[name][start : start + slots]
-            if values.shape != ring.shape:
-                raise ValueError(f"replay: {name} has shape {tuple(values.shape)}, not {tuple(ring.shape)}.")
-            ring.copy_(values)
+            rings[name][start : start + slots].copy_(values)
         expected += slots
     if expected != min(written, length):
         raise ValueError(f"replay: {expected} slots are stored, not {min(written, length)}.")
+
+
+def _check_block(block: Tensors, rings: Mapping[str, Tensor]) -> None:
+    if "other" not in block or "observations" not in block or not block["observations"].ndim:
+        raise ValueError("replay: a block has no observations")
+    slots, following = len(block["observations"]), rings["next_observations"]
+
+    def like(ring: torch.Tensor, *shape: int) -> torch.Tensor:
+        return ring.new_zeros(()).expand(shape)
+
+    own = {name: like(ring, slots, *ring.shape[1:]) for name, ring in rings.items() if name != "next_observations"}
+    own |= {"start": torch.tensor(0), "other": torch.zeros((), dtype=torch.bool).expand(slots, *following.shape[1:-1])}
+    check_like({"other": block["other"]}, {"other": own["other"]})
+    others = like(following, int(block["other"].sum()), following.shape[-1])
+    check_like(block, own | {"other_next_observations": others})
 
 
 def packed(rings: Mapping[str, Tensor], start: int, stop: int) -> Tensors:

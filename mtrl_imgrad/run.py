@@ -26,6 +26,7 @@ from mtrl_imgrad.logs import EpisodeStatistics
 from mtrl_imgrad.replay import Replay
 from mtrl_imgrad.rewards import RewardNormalizer
 from mtrl_imgrad.run_output import RunOutput
+from mtrl_imgrad.saved_state import check_like, check_same, count, entry
 from mtrl_imgrad.world import MakeWorld, metaworld
 
 CPU = torch.device("cpu")
@@ -56,8 +57,12 @@ class Generators:
         return {name: generator.get_state() for name, generator in vars(self).items()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        check_like(state, self.state_dict())
         for name, generator in vars(self).items():
-            generator.set_state(state[name].cpu())
+            try:
+                generator.set_state(state[name].cpu())
+            except RuntimeError as error:
+                raise ValueError(f"{name!r} is no state of a random stream ({error})") from error
 
 
 def choose_device(name: str) -> torch.device:
@@ -131,10 +136,8 @@ class Run:
 
         self.start = 0
         self.loaded: Checkpoint | None = None
-        envs_state = self._restore(resume) if resume else None
-        if envs_state:
-            first, _ = self.envs.load_state_dict(envs_state)
-        else:
+        first = self._restore(resume) if resume else None
+        if first is None:
             first, _ = self.envs.reset()
         (self.observations,) = self.on_device(first)
         self.output = RunOutput(config, self.world, lock, self.loaded, self.learner.non_finite)
@@ -221,20 +224,26 @@ class Run:
 
     def _description(self) -> dict[str, Any]:
         sizes = {"observation_size": self.replay.observations.shape[-1], "action_size": self.learner.action_size}
-        return {"tasks": self.tasks} | sizes
+        return {"tasks": list(self.tasks)} | sizes
 
-    def _restore(self, folder: Path) -> dict[str, Any] | None:
+    def _restore(self, folder: Path) -> np.ndarray | None:
+        """Take back everything, and return the first observations; None where there is nothing to take."""
         if not has_checkpoint(folder):  # it was stopped before its first one
             return None
         self.loaded = checkpoint = choose_checkpoint(folder, resume=True)
-        state = checkpoint.state()
-        for name, part in self._saved().items():
-            part.load_state_dict(checkpoint.part(name, self.device))
-        self.replay.written = state["written"]
-        stored = (checkpoint.part(name, CPU) for name in checkpoint.blocks("replay"))
-        ring_blocks.fill(self.replay.rings(), self.replay.written, stored)
+        with checkpoint.taken():
+            state = checkpoint.state()
+            check_same(state, self._description())
+            for name, part in self._saved().items():
+                part.load_state_dict(checkpoint.part(name, self.device))
+            self.replay.written = count(state, "written")
+            if self.replay.written * self.config.vector_step != checkpoint.step:
+                raise ValueError(f"'written' is {self.replay.written}, which is not that of step {checkpoint.step}")
+            stored = (checkpoint.part(name, CPU) for name in checkpoint.blocks("replay"))
+            ring_blocks.fill(self.replay.rings(), self.replay.written, stored)
+            first, _ = self.envs.load_state_dict(entry(state, "envs", dict))
         self.start = checkpoint.step
-        return state["envs"]
+        return first
 
     def elapsed(self) -> float:
         """Wall-clock seconds since the start."""

@@ -116,8 +116,8 @@ def describe_run(folder: Path, config: Config, step: int) -> None:
     versions = {"mtrl_imgrad": __version__} | {name: version(name) for name in PACKAGES}
     history = folder / "versions.json"
     entries = read_json(history) if history.exists() else []
-    if not isinstance(entries, list):
-        raise ValueError(f"run: {history} is not a list of versions.")
+    if not isinstance(entries, list) or not all(isinstance(earlier, dict) for earlier in entries):
+        raise ValueError(f"run: {history} must be a list of versions, as the run wrote it.")
     entries.append({"from_step": step, "protocol": config.protocol, "python": platform.python_version()} | versions)
     append_whole(folder / "command.txt", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
     write_whole(history, json.dumps(entries, indent=1))

@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Float
 
 from mtrl_imgrad.config import Config
+from mtrl_imgrad.csv_files import is_step
 from mtrl_imgrad.kept_checkpoints import newest_step
 from mtrl_imgrad.run_description import read_settings
 from mtrl_imgrad.success_curves import SuccessCurve, success_curve
@@ -145,9 +146,13 @@ def read_run_folder(path: Path) -> RunFolder:
         goals = json.loads(_text(path / "goals.json") or "{}")
     except (ValueError, RecursionError) as error:  # the latter: brackets in brackets
         raise ValueError(f"run: {path} cannot be read ({error}).") from None
-    names = goals.get("goals", config.benchmark.tasks) if isinstance(goals, dict) else config.benchmark.tasks
+    names = goals.get("goals", dict.fromkeys(config.benchmark.tasks)) if isinstance(goals, dict) else None
+    if not isinstance(names, dict):
+        raise ValueError(f"run: {path / 'goals.json'} must be an object, and under goals have a list for every task.")
     if isinstance(versions, Mapping):  # one entry, as runs before there was a resume have it
         versions = [versions]
+    if not isinstance(versions, list) or not all(isinstance(entry, Mapping) for entry in versions):
+        raise ValueError(f"run: {path / 'versions.json'} must be a list of objects, as the run wrote it.")
     training_rows, evaluation_rows = (_rows(path / name) for name in ("eval_training.csv", "eval.csv"))
     return RunFolder(
         path=path,
@@ -176,12 +181,15 @@ def _rows(path: Path) -> Rows:
     """Complete lines only: the last one may be in the middle of being written."""
     text = _text(path)
     reader = csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
-    return tuple(row for row in reader if None not in row and None not in row.values())
+    try:
+        return tuple(row for row in reader if None not in row and None not in row.values())
+    except csv.Error as error:
+        raise ValueError(f"run: {path} is not a table of a run ({error}); it must be as the run wrote it.") from None
 
 
 def _well_formed(rows: Rows) -> Rows:
     """Evaluation rows whose step and success are numbers."""
-    return tuple(row for row in rows if row.get("step", "").isdigit() and row.get("success") in ("0", "1"))
+    return tuple(row for row in rows if is_step(row.get("step", "")) and row.get("success") in ("0", "1"))
 
 
 def _columns(rows: Rows) -> dict[str, Float[np.ndarray, " rows"]]:

@@ -19,6 +19,9 @@ from mtrl_imgrad.run_description import create_run, describe_run
 from mtrl_imgrad.tensorboard import describe
 from mtrl_imgrad.world import World
 
+DROPPED = ("eval_training.csv", "gradient_cosines.csv")
+"""Tables that lose what the run wrote after the checkpoint from which it goes on; so does progress.csv, by its log."""
+
 
 class RunOutput:
     """The run folder, held by this process, and what is written there as training goes on.
@@ -48,10 +51,11 @@ class RunOutput:
         self.lock = held or create_run(config, world.description)
         self.folder: Path = self.lock.folder
         if held:
-            read_rows(self.folder / "eval.csv")  # it is added to at the very end, which is late for an error
-            for name in ("eval_training.csv", "gradient_cosines.csv"):
-                drop_rows_after(self.folder / name, start)
+            for name in ("progress.csv", "eval.csv", *DROPPED):  # an error is told before anything is changed
+                read_rows(self.folder / name)
             describe_run(self.folder, config, start)
+            for name in DROPPED:
+                drop_rows_after(self.folder / name, start)
         self.wandb = weights_and_biases.start(self.folder, config) if config.log.wandb else None
         self.describe()
         self.log = RunLog(self.folder, config.sac.steps, start, config.log.tensorboard, non_finite)

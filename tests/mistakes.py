@@ -27,13 +27,17 @@ class Mistake:
         arguments: of `mtrl-imgrad`.
         names: one of these is in the message: the field, option or file that is wrong.
         files: content by name, in the working directory.
-        spoilt: what becomes of files of the run folder's copy, by name.
+        spoilt: what becomes of files of the run folder's copy, by name or pattern.
+        baseline: whether that is the run of stable-baselines3's SAC.
+        sealed: whether the manifests of its checkpoints vouch for what has become of them.
     """
 
     arguments: tuple[str, ...]
     names: tuple[str, ...]
     files: Mapping[str, bytes] = dataclasses.field(default_factory=dict)
     spoilt: Mapping[str, Spoil] = dataclasses.field(default_factory=dict)
+    baseline: bool = False
+    sealed: bool = False
 
 
 def fields(kind: Any = Config, prefix: str = "") -> dict[str, Any]:

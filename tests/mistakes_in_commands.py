@@ -32,7 +32,9 @@ def broken_grammar(chance: random.Random) -> Mistake:
         ("compare", "--dry-run", "maybe"), ("compare", "--nosuch", "3"), ("compare", "--resume", "x"),
     ])  # fmt: skip
     given = [word.lstrip("-").partition("=")[0][:20].replace("\x1b", "\\x1b") for word in words[1:]]
-    return Mistake(words, (*filter(None, given), "PATH", "--: ", "''", "{"))
+    if words in (("evaluate", ""), ("list", "--all")):  # of what is missing there, the name
+        given = ["run: ", "'what'"]
+    return Mistake(words, (*filter(None, given), "PATH", "--: ", "''", "{", "no such field"))
 
 
 def unknown_command(chance: random.Random) -> Mistake:
@@ -112,7 +114,10 @@ def spoilt_field(chance: random.Random) -> Mistake:
 def spoilt_text(chance: random.Random) -> Mistake:
     """A run folder whose config.yaml is damaged as a whole."""
     content = BAD_FILES[chance.choice([name for name in BAD_FILES if name not in ("comment only", "NUL in a path")])]
-    return Mistake(reads_run(chance), ("spoilt",), spoilt={"config.yaml": lambda _: content})
+    words = reads_run(chance)
+    if b"--seed" in content and words[0] == "report":  # a report takes any task's name
+        words = ("evaluate", "spoilt")
+    return Mistake(words, ("spoilt", "benchmark.tasks"), spoilt={"config.yaml": lambda _: content})
 
 
 def spoilt_goals(chance: random.Random) -> Mistake:

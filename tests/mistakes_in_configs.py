@@ -179,7 +179,7 @@ def wrong_rule_field(chance: random.Random) -> Mistake:
     value = chance.choice(
         ["nan", "inf", "1e999", "-inf", "-1e300" if own[name] == "float" else "-1", *WORDS[:4], *HUGE[2:3]]
     )
-    return Mistake(("train", "--aggregator", rule, f"--aggregator.{name}={value}"), (name,))
+    return Mistake(("train", "--aggregator", rule, f"--aggregator.{name}={value}"), (name, name.replace("_", "-")))
 
 
 CONTRADICTIONS = (

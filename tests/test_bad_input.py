@@ -7,6 +7,8 @@ The mistakes come from a seeded generator (`mistakes`), so that the same ones co
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import random
 import shutil
@@ -20,6 +22,7 @@ from typing import NoReturn
 import pytest
 import yaml
 from mistakes import BAD_FILES, Mistake
+from mistakes_in_checkpoints import IN_CHECKPOINTS, odd_texts
 from mistakes_in_commands import IN_COMMANDS
 from mistakes_in_configs import IN_CONFIGS
 
@@ -29,7 +32,7 @@ from mtrl_imgrad.overlays import parse_config
 from mtrl_imgrad.parsing import UserError, printable
 from mtrl_imgrad.run_description import read_config
 
-KINDS = (*IN_CONFIGS, *IN_COMMANDS)
+KINDS = (*IN_CONFIGS, *IN_COMMANDS, *IN_CHECKPOINTS)
 PER_KIND, PER_KIND_SLOWLY = 12, 110
 REMEDIES = tuple(
     """must, allowed, nearest, between, see `, did you mean, at least, at most, there are, choose, missing,
@@ -44,13 +47,16 @@ LONGEST_LINE = 1_000
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of a few steps on one of Meta-World's tasks."""
-    place = tmp_path_factory.mktemp("trained") / "run"
-    flags = """--benchmark reach-v3 --aggregator mean --device cpu --threads 1 --envs.workers 0 --envs.self-check off
-        --envs.horizon 2 --eval.horizon 2 --eval.every 0 --eval.final False --network.width 4 --network.depth 1
-        --sac.steps 4 --sac.warmup 4 --sac.batch-per-task 2 --replay.capacity 50 --log.tensorboard False
-        --compile False --checkpoint.every 0"""
-    assert main(["train", *flags.split(), "--run-dir", str(place)]) == 0
+    """Folder of two runs of a few steps on one of Meta-World's tasks: `run`, and `baseline` of stable-baselines3."""
+    place = tmp_path_factory.mktemp("trained")
+    flags = """--benchmark reach-v3 --device cpu --threads 1 --envs.workers 0 --envs.self-check off
+        --envs.horizon 2 --eval.horizon 2 --eval.every 0 --eval.final False
+        --sac.steps 4 --log.tensorboard False --checkpoint.every 0"""
+    ours = """--aggregator mean --network.width 4 --network.depth 1 --sac.warmup 4 --sac.batch-per-task 2
+        --replay.capacity 50 --compile False"""
+    theirs = "--algorithm sb3-sac --sb3.net-arch 4 --sb3.batch-size 2 --sb3.buffer-size 50 --sac.warmup 1"
+    for name, own in (("run", ours), ("baseline", theirs)):
+        assert main(["train", *flags.split(), *own.split(), "--run-dir", str(place / name)]) == 0
     return place
 
 
@@ -79,12 +85,24 @@ def prepare(folder: Path, mistake: Mistake, trained: Path) -> None:
     for name, data in mistake.files.items():
         (folder / name).write_bytes(data)
     if "spoilt" in mistake.arguments:
-        shutil.copytree(trained, folder / "spoilt")
+        shutil.copytree(trained / ("baseline" if mistake.baseline else "run"), folder / "spoilt")
         for name, spoil in mistake.spoilt.items():
-            data = spoil((folder / "spoilt" / name).read_bytes())
-            (folder / "spoilt" / name).unlink()
-            if data is not None:
-                (folder / "spoilt" / name).write_bytes(data)
+            for path in list((folder / "spoilt").glob(name)) or [folder / "spoilt" / name]:
+                data = spoil(path.read_bytes() if path.exists() else b"")
+                path.unlink(missing_ok=True)
+                if data is not None:
+                    path.write_bytes(data)
+                if mistake.sealed:
+                    seal(path, data)
+
+
+def seal(path: Path, data: bytes | None) -> None:
+    """Let a checkpoint's manifest vouch for a file's new content, or not name it where there is none."""
+    manifest = json.loads((path.parent / "manifest.json").read_bytes())
+    del manifest["files"][path.name]
+    if data is not None:
+        manifest["files"][path.name] = {"size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (path.parent / "manifest.json").write_text(json.dumps(manifest))
 
 
 def faults(code: object, out: str, err: str, names: tuple[str, ...]) -> list[str]:
@@ -134,10 +152,13 @@ def run(kind: Callable[[random.Random], Mistake], number: int, place: Path, trai
         found.append(f"left on disk: {sorted(set(content(folder)) ^ set(before)) or 'a changed file'}")
     if sys.path != path:
         found.append("sys.path is changed")
-    shutil.rmtree(folder)
     shown = " ".join(ascii(word[:60]) for word in mistake.arguments)
     extra = {name: data[:80] for name, data in mistake.files.items()} if "my.yaml" in shown else {}
-    extra |= {name: (spoil(trained.joinpath(name).read_bytes()) or b"")[:80] for name, spoil in mistake.spoilt.items()}
+    extra |= dict.fromkeys(mistake.spoilt, "")
+    for name in mistake.spoilt:
+        for path in (folder / "spoilt").glob(name):
+            extra[name] = path.read_bytes()[:300]
+    shutil.rmtree(folder)
     return f"{number}: {shown} {extra or ''}\n    {'; '.join(found)}\n    {said.err[:600]!r}" if found else ""
 
 
@@ -153,6 +174,21 @@ class TestMistakes:
         numbers = range(PER_KIND, PER_KIND + PER_KIND_SLOWLY)
         bad = [told for number in numbers if (told := run(kind, number, tmp_path, trained, capsys))]
         assert not bad, "\n".join(bad)
+
+
+@pytest.mark.parametrize("number", range(24))
+def test_a_report_of_odd_files_is_made_or_told_in_two_lines(number, tmp_path, trained, capsys):
+    odd = Mistake(("report", "spoilt"), ("spoilt",), spoilt=odd_texts(random.Random(number)))
+    prepare(tmp_path, odd, trained)
+    code = main(["report", str(tmp_path / "spoilt"), "--out", str(tmp_path / "report")])
+    said = capsys.readouterr()
+    if code == 0:
+        assert said.err == ""
+        assert (tmp_path / "report" / "index.html").stat().st_size > 0
+        assert said.out.replace("\n", "").isprintable()
+    else:
+        assert not faults(code, said.out, said.err, odd.names)
+        assert not (tmp_path / "report").exists()
 
 
 def test_there_are_at_least_300_mistakes_and_3000_slow_ones():

@@ -20,5 +20,7 @@ def test_no_file_is_no_rows(tmp_path):
 @pytest.mark.parametrize("content", [b"\xff\n", b"step\nten\n", b"step\n\x00\n", b"x" * 10, b"step\n-1\n"])
 def test_what_is_no_table_is_named_in_one_line(tmp_path, content):
     (tmp_path / "a.csv").write_bytes(content)
-    with pytest.raises(ValueError, match=r"^run: .*a\.csv is not a table of a run \(\w+\)\.$"):
+    with pytest.raises(
+        ValueError, match=r"^run: .*a\.csv is not a table of a run \(\w+\); it must be as the run wrote it\.$"
+    ):
         read_rows(tmp_path / "a.csv")

@@ -81,7 +81,9 @@ class TestWhichIsRead:
     def test_where_none_is_whole_one_line_says_so(self, tmp_path):
         for step in (10, 20):
             spoil(save(tmp_path, step, float(step)).place / "state.json")
-        with pytest.raises(ValueError, match=r"run: .*0000000020 is damaged .*no whole one before it\.$"):
+        with pytest.raises(
+            ValueError, match=r"run: .*0000000020 is damaged .*no whole one before it; use a copy of the run\.$"
+        ):
             choose_checkpoint(tmp_path)
 
     def test_one_without_replay_is_not_trained_from(self, tmp_path):

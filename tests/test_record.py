@@ -217,7 +217,7 @@ class TestMistakes:
         [
             (("--task", "drawer-clos-v3"), "task: 'drawer-clos-v3' is not one of this agent's 2; the nearest is"),
             (("--camera", "corner5"), "camera: 'corner5' is no camera of Meta-World's; the nearest is 'corner"),
-            (("--size", "480"), "size: '480' is not WIDTHxHEIGHT of even numbers from 192 to 2160"),
+            (("--size", "480"), "size: '480' is not allowed; it must be WIDTHxHEIGHT, even numbers from 192 to 2160"),
             (("--size", "481x480"), "size: '481x480' is not"),
             (("--size", "100x100"), "size: '100x100' is not"),
             (("--fps", "0"), "fps: 0 is not above 0"),

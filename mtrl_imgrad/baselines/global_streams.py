@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mtrl_imgrad.saved_state import check_like
+
 
 class GlobalStreams:
     """The states of the global generators that belong to one model.
@@ -44,7 +46,20 @@ class GlobalStreams:
         return dict(self.state)
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.state = {name: value.cpu() for name, value in state.items()}
+        """Take back what `state_dict` gave.
+
+        Raises:
+            ValueError: it did not give this.
+        """
+        new, own = {name: value.cpu() for name, value in state.items()}, self.state
+        check_like(new, own)
+        try:
+            self.state = new
+            with self.lent():
+                pass
+        except (RuntimeError, TypeError, ValueError) as error:
+            self.state = own
+            raise ValueError(f"random streams have no state of theirs: {' '.join(str(error).split())}") from error
 
     def _read(self) -> dict[str, Tensor]:
         of_numpy = np.random.get_state(legacy=False)  # noqa: NPY002

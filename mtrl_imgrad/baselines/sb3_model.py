@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from mtrl_imgrad.baselines.global_streams import GlobalStreams
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.envs.sb3 import MtVecEnv
 from mtrl_imgrad.rewards import RewardNormalizer
+from mtrl_imgrad.saved_state import check_like, check_same, count, entry, restore_stream
 
 LOSSES = ("train/critic_loss", "train/actor_loss", "train/ent_coef", "train/ent_coef_loss")
 """What SB3's SAC reports of its updates, under our names for the same."""
@@ -171,7 +172,12 @@ class Sb3Model:
         return state | ({"log_ent_coef": sac.log_ent_coef.detach()} if sac.log_ent_coef is not None else {})
 
     def load_networks(self, state: dict[str, Tensor]) -> None:
-        """Take back what `networks` gave."""
+        """Take back what `networks` gave.
+
+        Raises:
+            ValueError: it did not give this, e.g. because the networks differ.
+        """
+        check_like(state, self._like_networks({key.partition(".")[0] for key in state}))
         self.sac.policy.load_state_dict(_below("policy.", state))
         for name, optimiser in self._optimisers().items():
             moments: dict[int, dict[str, Tensor]] = defaultdict(dict)
@@ -182,6 +188,16 @@ class Sb3Model:
             optimiser.load_state_dict({"state": dict(moments), "param_groups": groups})
         if self.sac.log_ent_coef is not None:
             self.sac.log_ent_coef.data.copy_(state["log_ent_coef"])
+
+    def _like_networks(self, groups: Collection[str]) -> dict[str, Tensor]:
+        """Names, shapes and types that `networks` gives once the optimisers among the groups have moments."""
+        like = self.networks()
+        for name, optimiser in self._optimisers().items():
+            parameters = [own for group in optimiser.param_groups for own in group["params"]] if name in groups else []
+            for number, own in enumerate(parameters):
+                moments = {"step": torch.tensor(0.0), "exp_avg": own, "exp_avg_sq": own}
+                like |= {f"{name}.{number}.{moment}": value for moment, value in moments.items()}
+        return like
 
     def rings(self) -> dict[str, Tensor]:
         """The arrays of the replay buffer by name, `[slots, environments, ...]`, without a copy."""
@@ -206,14 +222,22 @@ class Sb3Model:
         }
 
     def load_counters(self, state: dict[str, Any]) -> None:
-        """Take back what `counters` gave."""
-        buffer = self._buffer()
-        self.sac.num_timesteps, self.sac._n_updates = state["timesteps"], state["updates"]
-        buffer.pos, buffer.full = state["position"], state["full"]
-        self.envs.action_space.np_random.bit_generator.state = state["action_space"]
-        self.losses.count = state["losses"]["count"]
-        self.losses.sums.update(state["losses"]["sums"])
-        self.sac._last_obs = self.envs.load_state_dict(state["envs"])
+        """Take back what `counters` gave.
+
+        Raises:
+            ValueError: it did not give this.
+        """
+        buffer, losses = self._buffer(), entry(state, "losses", dict)
+        self.sac.num_timesteps, self.sac._n_updates = count(state, "timesteps"), count(state, "updates")
+        full, position = divmod(self.written, buffer.buffer_size)
+        check_same(state, {"position": position, "full": full > 0})
+        buffer.pos, buffer.full = position, full > 0
+        restore_stream(self.envs.action_space.np_random, entry(state, "action_space", dict))
+        self.losses.count, sums = count(losses, "count"), entry(losses, "sums", dict)
+        if not sums.keys() <= set(LOSSES):
+            raise ValueError(f"'sums' are of {', '.join(sums)} and must be of {', '.join(LOSSES)}")
+        self.losses.sums.update({tag: entry(sums, tag, float) for tag in sums})
+        self.sac._last_obs = self.envs.load_state_dict(entry(state, "envs", dict))
 
     def _buffer(self) -> Any:
         return self.sac.replay_buffer

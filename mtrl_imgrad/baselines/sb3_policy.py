@@ -12,6 +12,7 @@ from stable_baselines3.sac.policies import SACPolicy
 from torch import Tensor
 
 from mtrl_imgrad.config import Config
+from mtrl_imgrad.saved_state import check_like
 
 
 class Sb3Policies:
@@ -61,6 +62,9 @@ def load_policies(
         state: the checkpoint's `learner` tensors.
         sizes: entries of an observation and of an action.
         device: where the networks go.
+
+    Raises:
+        ValueError: the tensors are not those of such networks.
     """
     one_hot = sees_task(config)
     inputs = Box(-np.inf, np.inf, (sizes[0] + (tasks if one_hot else 0),), np.float32)
@@ -70,6 +74,8 @@ def load_policies(
         prefix = f"{number}.policy."
         with torch.random.fork_rng(devices=[]):  # its first parameters are replaced at once
             policy = SACPolicy(inputs, actions, lambda _: config.sb3.learning_rate, list(config.sb3.net_arch))
-        policy.load_state_dict({name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)})
+        own = {name.removeprefix(prefix): x for name, x in state.items() if name.startswith(prefix)}
+        check_like(own, policy.state_dict())
+        policy.load_state_dict(own)
         policies.append(policy.to(device))
     return Sb3Policies(policies, tasks, one_hot)

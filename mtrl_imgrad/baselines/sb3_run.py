@@ -38,6 +38,7 @@ from mtrl_imgrad.logs import EpisodeStatistics, Stopwatch
 from mtrl_imgrad.rewards import RewardNormalizer
 from mtrl_imgrad.run import CPU, EMA_RATE, STREAMS, choose_device
 from mtrl_imgrad.run_output import RunOutput
+from mtrl_imgrad.saved_state import check_same, entry
 from mtrl_imgrad.world import MakeWorld, metaworld
 
 
@@ -199,24 +200,31 @@ class Sb3Run:
     def _description(self) -> dict[str, Any]:
         buffer: Any = self.models[0].sac.replay_buffer
         entries = buffer.obs_shape[0] - (len(self.tasks) if sees_task(self.config) else 0)
-        return {"tasks": self.tasks, "observation_size": entries, "action_size": buffer.action_dim}
+        return {"tasks": list(self.tasks), "observation_size": entries, "action_size": buffer.action_dim}
 
     def _restore(self, folder: Path) -> Checkpoint | None:
         if not has_checkpoint(folder):  # it was stopped before its first one
             return None
         checkpoint = choose_checkpoint(folder, resume=True)
-        counters = checkpoint.state()["models"]
-        learner, generators, rewards = (
-            _split(checkpoint.part(part, CPU)) for part in ("learner", "generators", "rewards")
-        )
-        for number, model in enumerate(self.models):
-            model.load_networks(learner[number])
-            model.load_counters(counters[number])
-            stored = (checkpoint.part(name, CPU) for name in checkpoint.blocks(f"replay-{number}"))
-            ring_blocks.fill(model.rings(), model.written, stored)
-            model.streams.load_state_dict(generators[number])
-            model.normalizer.load_state_dict(rewards[number])
-        self.episodes.load_state_dict(checkpoint.part("episodes", CPU))
+        with checkpoint.taken():
+            state, models = checkpoint.state(), len(self.models)
+            check_same(state, self._description())
+            counters = entry(state, "models", list)
+            learner, generators, rewards = (
+                _split(checkpoint.part(part, CPU), models) for part in ("learner", "generators", "rewards")
+            )
+            if len(counters) != models:
+                raise ValueError(f"'models' are {len(counters)} and must be {models}")
+            for number, model in enumerate(self.models):
+                model.load_networks(learner[number])
+                model.load_counters(counters[number])
+                if model.written * self.config.vector_step != checkpoint.step:
+                    raise ValueError(f"'timesteps' are not those of step {checkpoint.step}")
+                stored = (checkpoint.part(name, CPU) for name in checkpoint.blocks(f"replay-{number}"))
+                ring_blocks.fill(model.rings(), model.written, stored)
+                model.streams.load_state_dict(generators[number])
+                model.normalizer.load_state_dict(rewards[number])
+            self.episodes.load_state_dict(checkpoint.part("episodes", CPU))
         return checkpoint
 
     def elapsed(self) -> float:
@@ -242,11 +250,16 @@ def _joined(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{number}.{name}": value for number, state in enumerate(states) for name, value in state.items()}
 
 
-def _split(joined: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Undo `_joined`."""
-    count = 1 + max(int(key.partition(".")[0]) for key in joined)
-    states: list[dict[str, Tensor]] = [{} for _ in range(count)]
+def _split(joined: dict[str, Tensor], models: int) -> list[dict[str, Tensor]]:
+    """Undo `_joined`.
+
+    Raises:
+        ValueError: a name is of none of the models.
+    """
+    states: dict[str, dict[str, Tensor]] = {str(number): {} for number in range(models)}
     for key, value in joined.items():
         number, _, name = key.partition(".")
-        states[int(number)][name] = value
-    return states
+        if number not in states:
+            raise ValueError(f"{key!r} is of none of {models} models")
+        states[number][name] = value
+    return list(states.values())

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 import tyro
 
 from mtrl_imgrad.bench import machine
-from mtrl_imgrad.files import check_place
+from mtrl_imgrad.files import check_file, check_place
 from mtrl_imgrad.parsing import UserError, parse, told_as_user_errors
 
 
@@ -90,10 +90,9 @@ def bench_options(arguments: Sequence[str]) -> Options:
     if options.json:
         with told_as_user_errors():
             check_place("json", options.json.parent)
-        if not options.json.parent.is_dir():
-            raise UserError(f"json: there is no folder {options.json.parent} to write {options.json.name} into.")
-        if options.json.exists() and not options.json.is_file():
-            raise UserError(f"json: {options.json} is no file; choose another name.")
+            if not options.json.parent.is_dir():
+                raise UserError(f"json: there is no folder {options.json.parent} to write {options.json.name} into.")
+            check_file("json", options.json)
     return options
 
 

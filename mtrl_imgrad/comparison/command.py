@@ -173,7 +173,7 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
             if name.partition(".")[0] not in OWN and name.replace("-", "_") not in known:
                 near = difflib.get_close_matches(name.replace("-", "_"), sorted(known), 1, 0.0)[0]
                 raise UserError(
-                    f"{name}: there is no such option; the nearest is --{near}.\nSee `{PROGRAM} compare --help`."
+                    f"--{name}: there is no such option; the nearest is --{near}.\nSee `{PROGRAM} compare --help`."
                 )
             if name.partition(".")[0] in OWN:
                 raise UserError(f"--{name}: a comparison gives this to its runs; see `{PROGRAM} compare --help`.")
@@ -185,7 +185,8 @@ def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
 def tell_estimate(runs: Sequence[PlannedRun], at_once: int, divided: Sequence[str]) -> None:
     """The runs, what has been done of them, and about how long the rest will take: one run of each algorithm is
     measured, as aggregators differ little."""
-    states = {run.name: run.state() for run in runs}
+    with told_as_user_errors():
+        states = {run.name: run.state() for run in runs}
     left = [run for run in runs if states[run.name] != "finished"]
     first = {run.config.algorithm: run for run in reversed(left)}
     costs = {algorithm: measure(run, at_once, divided) for algorithm, run in first.items()}

@@ -93,9 +93,10 @@ def last_row(path: Path) -> dict[str, str]:
             header = file.readline()
             file.seek(max(len(header), file.seek(0, os.SEEK_END) - LONGEST_ROW))
             *rows, _ = file.read().split(b"\n")
-    except OSError:
+        last = [line.decode(errors="replace") for line in (header, *rows[-1:])]
+        return dict(zip(*csv.reader(last), strict=False)) if rows else {}
+    except (OSError, ValueError, csv.Error):  # the last two: lines that are none of a table
         return {}
-    return dict(zip(*csv.reader([header.decode(), rows[-1].decode()]), strict=False)) if rows else {}
 
 
 def plan(methods: Sequence[str], seeds: Sequence[int], out: Path, flags: Sequence[str]) -> list[PlannedRun]:

@@ -35,9 +35,12 @@ def standing(run: PlannedRun) -> Standing:
     """How far a run is, from the last row that it wrote."""
     row = last_row(run.folder / "progress.csv")
     rate = row.get("eval/success_rate") or row.get("rollout/success_rate") or ""
-    return Standing(
-        int(row.get("step") or 0), f"{float(rate):.2f}" if rate else "", float(row.get("time/elapsed") or 0.0)
-    )
+    try:
+        return Standing(
+            int(row.get("step") or 0), f"{float(rate):.2f}" if rate else "", float(row.get("time/elapsed") or 0.0)
+        )
+    except ValueError:  # the run itself says that its file is damaged
+        return Standing(0, "", 0.0)
 
 
 @contextmanager

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32
 
+from mtrl_imgrad.saved_state import entry
+
 
 class EpisodeScript:
     """What a vector env whose rows begin and end their episodes together needs to restore any moment of them.
@@ -34,5 +36,15 @@ class EpisodeScript:
 
 
 def actions_of(state: dict[str, Any], rows: int) -> list[Float32[np.ndarray, "rows entries"]]:
-    """The actions of a `state_dict`, in their order."""
-    return [np.frombuffer(bytes.fromhex(text), "<f4").reshape(rows, -1) for text in state["actions"]]
+    """The actions of a `state_dict`, in their order.
+
+    Raises:
+        ValueError: they are not what `state_dict` gives.
+    """
+    try:
+        found = [np.frombuffer(bytes.fromhex(text), "<f4").reshape(rows, -1) for text in entry(state, "actions", list)]
+    except TypeError as error:
+        raise ValueError("'actions' must be texts") from error
+    if not all(np.isfinite(actions).all() for actions in found):
+        raise ValueError("'actions' must be finite")
+    return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
 from gymnasium.utils import seeding as gymnasium_seeding
 from jaxtyping import Int
+
+from mtrl_imgrad.saved_state import are_indices, entry, restore_stream
 
 Seeding = Literal["spawn", "metaworld"]
 
@@ -95,7 +96,19 @@ class GoalSchedule:
             "queues": [list(queue) for queue in self._queues],
         }
 
-    def load_state_dict(self, state: dict[str, Sequence[Any]]) -> None:
-        for generator, generator_state in zip(self._generators, state["generators"], strict=True):
-            generator.bit_generator.state = generator_state
-        self._queues = [list(queue) for queue in state["queues"]]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on where the schedule was whose `state_dict` this is.
+
+        Raises:
+            ValueError: it is that of other rows or goals, or none.
+        """
+        generators, queues = (entry(state, name, list) for name in ("generators", "queues"))
+        if len(generators) != self.num_rows or len(queues) != self.num_rows:
+            raise ValueError(
+                f"{len(generators)} streams and {len(queues)} queues are not those of {self.num_rows} rows"
+            )
+        if not all(are_indices(queue, self._num_goals) for queue in queues):
+            raise ValueError(f"'queues' must be lists of whole numbers from 0 to {self._num_goals - 1}")
+        for generator, generator_state in zip(self._generators, generators, strict=True):
+            restore_stream(generator, generator_state)
+        self._queues = [list(queue) for queue in queues]

@@ -26,6 +26,7 @@ from mtrl_imgrad.envs.goal_schedule import GoalSchedule, Seeding
 from mtrl_imgrad.envs.goals import Goals
 from mtrl_imgrad.envs.task_env import RewardVersion
 from mtrl_imgrad.envs.worker_pool import LocalSection, ThisProcess, WorkerPool, WorkerSection
+from mtrl_imgrad.saved_state import entry, rows_of
 
 MAX_HORIZON = 500
 """Simulator steps after which Meta-World ends an episode itself (`max_path_length`)."""
@@ -163,7 +164,7 @@ class MetaworldVectorEnv(VectorEnv):
         self.render_mode = render_mode
         self.metadata = self.metadata | {"render_fps": SIMULATOR_STEPS_PER_SECOND / action_repeat}
         self._picture = (camera, width, height)
-        self._horizon, self._action_repeat = horizon, action_repeat
+        self._horizon, self._action_repeat, self._num_goals = horizon, action_repeat, goals.num_goals
         self._started = self._stepping = False
         self._goal = np.zeros(self.num_envs, np.int64)
         self._success = np.zeros(self.num_envs, np.bool_)
@@ -279,15 +280,19 @@ class MetaworldVectorEnv(VectorEnv):
         stepped with the same actions. Returns the observations of that moment, and the infos of `reset`.
 
         Raises:
-            ValueError: the state is that of other tasks or of another number of environments.
+            ValueError: the state is that of other tasks or of another number of environments, or none.
         """
         self._raise_if_closed()
         for name, own in (("tasks", list(self.task_names)), ("envs_per_task", self.envs_per_task)):
-            if state[name] != own:
+            if entry(state, name, type(own)) != own:
                 raise ValueError(f"{name}: the state has {state[name]}, this env has {own}")
-        self._schedule.load_state_dict(state["start"]["schedule"])
-        observations, infos = self._start_all(state["start"]["goal"])
-        for actions in actions_of(state, self.num_envs):
+        start, script = entry(state, "start", dict), actions_of(state, self.num_envs)
+        goals = rows_of(start, "goal", self.num_envs, self._num_goals)
+        if len(script) * self._action_repeat >= self._horizon:
+            raise ValueError(f"'actions' are {len(script)}, and an episode has {self._horizon} steps")
+        self._schedule.load_state_dict(entry(start, "schedule", dict))
+        observations, infos = self._start_all(goals)
+        for actions in script:
             observations = self.step(actions)[0]
         return observations, infos
 
