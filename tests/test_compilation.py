@@ -14,7 +14,6 @@ from torch import Tensor
 from mtrl_imgrad import train
 from mtrl_imgrad.aggregators import Aggregation, Aggregator, ConicGrad, IMGrad, Mean, NashMTL
 from mtrl_imgrad.compilation import CapturedUpdate, CompiledUpdate, compile_sac
-from mtrl_imgrad.config import NetworkConfig
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.replay import Batch
 from mtrl_imgrad.sac_update import Metrics, Noise, State
@@ -199,18 +198,6 @@ class TestLearnerAndRun:
         said = capsys.readouterr().out
         assert said.count("warning: the update is not compiled, which is slower (RuntimeError: no C++ compiler)") == 1
         assert read_progress(tmp_path / "tried") == read_progress(tmp_path / "eager")
-
-    def test_a_compiled_run_repeats_itself_and_resumes_exactly(self, tmp_path, capsys, read_progress):
-        network = NetworkConfig(kind="multi_head", width=16, depth=2)
-        short = tiny_config(
-            tmp_path / "resumed", compile=True, network=network, sac=tiny_sac(steps=200, warmup=100, batch_per_task=8)
-        )
-        longer = replace(short, sac=replace(short.sac, steps=300))
-        train(short, make_world=make_world)
-        assert "compiled in" in capsys.readouterr().out
-        train(longer, tmp_path / "resumed", make_world)
-        train(replace(longer, run_dir=str(tmp_path / "straight")), make_world=make_world)
-        assert read_progress(tmp_path / "resumed") == read_progress(tmp_path / "straight")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

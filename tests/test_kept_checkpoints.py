@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from run_folders import differences
 from test_checkpoint import BLOCKS, names, save, value_of
 from tiny_world import PowerCutError, dying_world, make_world, tiny_config, tiny_sac
 
@@ -151,9 +152,7 @@ def _small_blocks(monkeypatch) -> None:
 
 @pytest.mark.usefixtures("_small_blocks")
 class TestRuns:
-    def test_training_goes_on_from_the_one_before_and_gives_the_numbers_of_an_undisturbed_run(
-        self, tmp_path, read_progress, capsys
-    ):
+    def test_training_goes_on_from_the_one_before_and_gives_the_numbers_of_an_undisturbed_run(self, tmp_path, capsys):
         """Killed at 110, between the checkpoints of 90 and 120; the newest is damaged, so it goes on from 60."""
         straight = train(short_config(tmp_path / "straight"), make_world=make_world)
         config = short_config(tmp_path / "cut")
@@ -163,12 +162,7 @@ class TestRuns:
         capsys.readouterr()
         train(config, resume=tmp_path / "cut", make_world=make_world)
         assert "0000000090 is damaged" in capsys.readouterr().err
-        assert read_progress(tmp_path / "cut") == read_progress(straight)
-        for name in ("eval.csv", "eval_training.csv"):
-            assert (tmp_path / "cut" / name).read_bytes() == (straight / name).read_bytes()
-        for name in names(straight):
-            ours, theirs = (read_manifest(folder / "checkpoints" / name) for folder in (tmp_path / "cut", straight))
-            assert ours.files == theirs.files  # with their checksums
+        assert differences(tmp_path / "cut", straight) == set()
 
     def test_a_run_without_a_whole_checkpoint_is_refused_and_left_as_it_is(self, tmp_path):
         folder = train(short_config(tmp_path / "run"), make_world=make_world)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import load_checkpoint
+from run_folders import differences
 from stable_baselines3 import SAC
 from stable_baselines3.common.policies import BasePolicy
 from tiny_world import PowerCutError, TinyVectorEnv, dying_world, make_world, tiny_config, tiny_sac
@@ -232,19 +233,11 @@ def straight_and_resumed(request, tmp_path_factory) -> tuple[Path, Path]:
     common: dict[str, Any] = {
         "envs": EnvsConfig(horizon=10, envs_per_task=2, reward_normalization="ema"),
         "log": LogConfig(every=50, tensorboard=False),
+        "sac": tiny_sac(steps=240, warmup=40),
+        "checkpoint": CheckpointConfig(every=115),
     }
-    straight = train(
-        short_config(place / "straight", request.param, sac=tiny_sac(steps=240, warmup=40), **common),
-        make_world=make_world,
-    )
-
-    cut = short_config(
-        place / "parts",
-        request.param,
-        sac=tiny_sac(steps=240, warmup=40),
-        checkpoint=CheckpointConfig(every=115),
-        **common,
-    )
+    straight = train(short_config(place / "straight", request.param, **common), make_world=make_world)
+    cut = short_config(place / "parts", request.param, **common)
     with pytest.raises(PowerCutError):
         train(cut, make_world=dying_world(76))
     assert load_checkpoint(place / "parts", CPU)[0]["step"] == 116, "inside of an episode"
@@ -252,22 +245,12 @@ def straight_and_resumed(request, tmp_path_factory) -> tuple[Path, Path]:
 
 
 class TestResume:
-    def test_every_tensor_and_counter_is_the_same(self, straight_and_resumed):
-        (state, straight), (resumed_state, resumed) = (load_checkpoint(folder, CPU) for folder in straight_and_resumed)
-        assert state == resumed_state
-        assert state["step"] == 240
-        assert set(straight) == set(resumed) == {"learner", "replay", "generators", "rewards", "episodes"}
-        for part, tensors in straight.items():
-            assert set(tensors) == set(resumed[part])
-            for name, value in tensors.items():
-                assert torch.equal(value, resumed[part][name]), f"{part}/{name}"
-
-    def test_every_row_is_the_same(self, straight_and_resumed, read_progress):
+    def test_every_number_is_the_same(self, straight_and_resumed):
         straight, resumed = straight_and_resumed
-        assert [row["step"] for row in read_progress(straight)][-1] == "240"
-        assert read_progress(straight) == read_progress(resumed)
-        for name in ("eval.csv", "eval_training.csv"):
-            assert (straight / name).read_bytes() == (resumed / name).read_bytes()
+        state, parts = load_checkpoint(straight, CPU)
+        assert state["step"] == 240
+        assert set(parts) == {"learner", "replay", "generators", "rewards", "episodes"}
+        assert differences(resumed, straight) == set()
 
     def test_nothing_in_the_folder_is_a_pickle(self, straight_and_resumed):
         for path in straight_and_resumed[1].rglob("*"):
