@@ -191,6 +191,29 @@ def test_a_report_of_odd_files_is_made_or_told_in_two_lines(number, tmp_path, tr
         assert not (tmp_path / "report").exists()
 
 
+DAMAGED = {
+    "config.yaml": b"\0",
+    "versions.json": b"3",
+    "goals.json": b'{"goals": 3}',
+    "eval.csv": b"x" * 200_000 + b"\n",
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_run_of_a_comparison_is_named_and_only_it_fails(name, tmp_path, trained, capsys):
+    words = ["compare", "--aggregators", "mean", "--seeds", "1", "--out", str(tmp_path / "all"), "--device", "cpu"]
+    shutil.copytree(trained / "run", tmp_path / "all" / "mean-s1")
+    (tmp_path / "all" / "mean-s1" / name).write_bytes(DAMAGED[name])
+    before = content(tmp_path)
+    code = main([*words, "--dry-run"])
+    said = capsys.readouterr()
+    assert not faults(code, said.out, said.err, ("mean-s1",))
+    assert content(tmp_path) == before
+    assert main(words) == 1  # the other runs, of which there are none here, were trained
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("mtrl-imgrad: mean-s1 failed, run: ")
+
+
 def test_there_are_at_least_300_mistakes_and_3000_slow_ones():
     assert PER_KIND * len(KINDS) >= 300
     assert PER_KIND_SLOWLY * len(KINDS) >= 3_000

@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from mtrl_imgrad.files import FolderLock, append_whole, is_locked, read_json, write_whole
+from mtrl_imgrad.files import FolderLock, append_whole, check_file, is_locked, read_json, write_whole
 
 
 class TestWriteWhole:
@@ -28,6 +28,19 @@ class TestWriteWhole:
         for line in ("a\n", "b\n"):
             append_whole(tmp_path / "rows", line)
         assert (tmp_path / "rows").read_text() == "a\nb\n"
+
+
+class TestCheckFile:
+    def test_looking_changes_nothing(self, tmp_path):
+        (tmp_path / "old").write_text("old")
+        for name in ("old", "new"):
+            check_file("json", tmp_path / name)
+        assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("old", "old")]
+
+    @pytest.mark.parametrize("name", [".", "n" * 300, "missing/x", "/proc/x"])
+    def test_what_cannot_be_a_file_is_named(self, tmp_path, name):
+        with pytest.raises(ValueError, match=r"^json: .*; choose another"):
+            check_file("json", tmp_path / name)
 
 
 class TestReadJson:

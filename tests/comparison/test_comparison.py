@@ -23,7 +23,7 @@ from mtrl_imgrad.comparison.estimate import Cost, measure
 from mtrl_imgrad.comparison.plan import last_row, plan
 from mtrl_imgrad.comparison.processes import share_of_machine, start_here
 from mtrl_imgrad.comparison.sweep import Progress, run_all
-from mtrl_imgrad.comparison.view import progress_view, standing, summary, time_left
+from mtrl_imgrad.comparison.view import Standing, progress_view, standing, summary, time_left
 from mtrl_imgrad.config import Config, EnvsConfig, to_dict
 from mtrl_imgrad.files import FolderLock, is_locked
 from mtrl_imgrad.parsing import UserError
@@ -244,6 +244,15 @@ class TestKilled:
 
 
 class TestView:
+    @pytest.mark.parametrize(
+        "content", [b"", b"\xff\n\xfe\n", b'step,"a\n1,2\n', b"step\nmany\n", b"a\n" + b"x" * 200_000 + b"\n"]
+    )
+    def test_a_damaged_log_stands_for_nothing(self, tmp_path, content):
+        (run,) = tiny_plan(tmp_path, ("mean",))
+        run.folder.mkdir()
+        (run.folder / "progress.csv").write_bytes(content)
+        assert standing(run) == Standing(0, "", 0.0)
+
     def progress(self, tmp_path) -> Progress:
         runs = tiny_plan(tmp_path, ("mean", "imgrad", "cagrad"))
         for run, step in zip(runs, (60, 30, 0), strict=True):
