@@ -7,6 +7,7 @@ log rows and an evaluation that follow the checkpoint it goes on from, which is 
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,9 +15,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import numpy as np
 import points
 import pytest
 import torch
+from metaworld.policies import ENV_POLICY_MAP
 from run_folders import differences
 from tiny_world import PowerCutError, tiny_config, tiny_sac
 
@@ -32,6 +35,7 @@ from mtrl_imgrad.config import (
     NetworkConfig,
     ReplayConfig,
 )
+from mtrl_imgrad.envs import MT50, MetaworldVectorEnv, make_goals
 from mtrl_imgrad.kept_checkpoints import choose_checkpoint
 from mtrl_imgrad.trainer import open_run
 from mtrl_imgrad.world import metaworld
@@ -89,6 +93,7 @@ def train_until(
 
 
 def mortal(run: Any, decisions: int) -> Any:
+    """The run, which is to die at this vector step from now."""
     step_async, left = run.envs.step_async, iter(range(decisions - 1))
 
     def step_or_die(actions: Any) -> None:
@@ -210,6 +215,40 @@ def test_on_metaworld_with_workers_and_pipelining(tmp_path):
     train_until(CUT, parts, make_world=metaworld)
     train(parts, resume=tmp_path / "parts")
     assert differences(tmp_path / "parts", tmp_path / "whole") == set()
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Constant")  # of the experts, about their own gains
+@pytest.mark.parametrize("fast", [True, False], ids=["fast", "as Meta-World steps"])
+def test_every_task_of_metaworld_goes_on_where_an_expert_was(fast):
+    """In the third episode of each task, in simulators that have another past."""
+    horizon, random = 120, np.random.default_rng(0)
+    goals = make_goals(MT50, goal_seed=7)
+    common: Any = {"horizon": horizon, "workers": 0, "fast": fast, "self_check": False}
+    straight, resumed = (MetaworldVectorEnv(MT50, goals, seed=seed, **common) for seed in (1, 2))
+    experts = [ENV_POLICY_MAP[task]() for task in MT50]
+
+    def actions(observations: np.ndarray) -> np.ndarray:
+        own = [expert.get_action(row.astype(float)) for expert, row in zip(experts, observations, strict=True)]
+        return (np.stack(own) + random.normal(0, 0.1, (50, 4))).astype(np.float32)
+
+    won = np.zeros(50, bool)
+    there, elsewhere = straight.reset()[0], resumed.reset()[0]
+    for step in range(2 * horizon + 70):
+        there, *_, infos = straight.step(actions(there))
+        won |= infos["success"]
+        if step < 30:
+            elsewhere = resumed.step(actions(elsewhere))[0]
+    state = json.loads(json.dumps(straight.state_dict()))
+    assert resumed.load_state_dict(state)[0].tobytes() == there.tobytes()
+    for _ in range(horizon):
+        taken = actions(there)
+        (there, *others, infos), (observations, *found, own_infos) = straight.step(taken), resumed.step(taken)
+        pairs = zip((there, *others, *infos.values()), (observations, *found, *own_infos.values()), strict=True)
+        assert all(ours.tobytes() == theirs.tobytes() for ours, theirs in pairs)
+    assert won.sum() >= 45, "the experts met what there is to meet"
+    for envs_of_all in (straight, resumed):
+        envs_of_all.close()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
