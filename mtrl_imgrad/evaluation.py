@@ -107,7 +107,7 @@ def evaluate(
             to_success = int(first_success[k])
             rows.append(Episode(step, task, int(goal), episode, int(to_success >= 0), float(returns[k]), to_success))
     if faults:
-        tell(f"warning: {len(faults)} evaluation episodes ended early and count as failed ({summary(faults)})")
+        tell(f"warning: evaluation episodes that ended early and count as failed: {len(faults)} ({summary(faults)})")
     return sorted(rows, key=lambda row: tasks.index(row.task))
 
 

@@ -91,8 +91,7 @@ class Transitions:
 
 def storable(values: Float[np.ndarray, "rows ..."]) -> Bool[np.ndarray, " rows"]:
     """In which rows all values are finite, in float32 too."""
-    finite = np.abs(values) <= LARGEST
-    return finite.all(axis=1) if finite.ndim > 1 else finite
+    return np.logical_and.reduce(np.abs(values).reshape(len(values), -1) <= LARGEST, axis=1)
 
 
 class Faults:
@@ -122,7 +121,7 @@ class Faults:
     def told(self) -> str | None:
         """One line on those since the last call."""
         new, self._new = self._new, []
-        return f"{len(new)} transitions were left out, their episodes cut ({summary(new)})" if new else None
+        return f"transitions left out: {len(new)} ({summary(new)})" if new else None
 
 
 def summary(faults: Sequence[Fault]) -> str:

@@ -48,7 +48,7 @@ class StorableSteps(VecEnvWrapper):
 
     def __init__(self, venv: MtVecEnv, normalizer: RewardNormalizer, faults: Faults) -> None:
         super().__init__(venv)
-        self.tasks = venv.envs.task_names
+        self.envs, self.tasks = venv, venv.envs.task_names
         self.normalizer, self.faults = normalizer, faults
         self.actions = np.empty(0)
 
@@ -62,9 +62,9 @@ class StorableSteps(VecEnvWrapper):
         self.venv.step_async(actions)
 
     def step_wait(self) -> Any:
-        observations, rewards, dones, infos = self.venv.step_wait()
-        step_infos: dict[str, np.ndarray] = self.venv.step_infos
-        transitions = Transitions(self.tasks, self.actions, rewards, step_infos["final_obs"], step_infos)
+        observations, rewards, dones, infos = self.envs.step_wait()
+        arrays = self.envs.step_infos
+        transitions = Transitions(self.tasks, self.actions, rewards, arrays["final_obs"], arrays)
         normalized = self.normalizer(np.where(transitions.broken(), np.nan, rewards))
         broken = ~storable(normalized)
         self.faults.take(transitions.faults(broken))

@@ -28,7 +28,8 @@ class Block:
 
     Attributes:
         actions: what to do next.
-        next_goals: index of the goal to start with, at a reset or restart or after a step; -1 where the episode goes on.
+        next_goals: index of the goal to start with, at a reset, a restart or after a step; -1 where the episode
+            goes on.
         observations: what the step led to.
         first_observations: of the episode that a reset began; not touched where there was none.
         rewards: of the step.
