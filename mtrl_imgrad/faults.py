@@ -48,7 +48,7 @@ class Transitions:
     Attributes:
         tasks: of the env, in its order.
         actions: that were taken.
-        rewards: for them.
+        rewards: for them, as they are to be stored.
         final_observations: that they led to, before any autoreset.
         infos: of the step: `goal`, `episode_length`, and `unstable` where the env knows of it.
     """
@@ -61,10 +61,12 @@ class Transitions:
 
     def broken(self) -> Bool[np.ndarray, " rows"]:
         """Which of them are worth nothing."""
+        if all_storable(self.actions, self.rewards, self.final_observations) and not self._unstable().any():
+            return np.zeros(len(self.rewards), np.bool_)
         return ~(storable(self.rewards) & storable(self.actions) & storable(self.final_observations)) | self._unstable()
 
     def faults(self, broken: Bool[np.ndarray, " rows"]) -> list[Fault]:
-        """What is wrong with those that are broken, here or in what was made of them."""
+        """What is wrong with those that are broken."""
         if not broken.any():
             return []
         environments = len(self.rewards) // len(self.tasks)
@@ -85,13 +87,17 @@ class Transitions:
             return "MuJoCo's simulation became unstable"
         if not storable(self.final_observations[[row]])[0]:
             return "the observation is not finite"
-        normalized = " and not finite when normalized" * bool(storable(self.rewards[[row]])[0])
-        return f"the reward is {self.rewards[row]:g}{normalized}"
+        return f"the reward is {self.rewards[row]:g}"
 
 
 def storable(values: Float[np.ndarray, "rows ..."]) -> Bool[np.ndarray, " rows"]:
     """In which rows all values are finite, in float32 too."""
     return np.logical_and.reduce(np.abs(values).reshape(len(values), -1) <= LARGEST, axis=1)
+
+
+def all_storable(*arrays: Float[np.ndarray, "rows ..."]) -> bool:
+    """Whether everything is: microseconds in each step, where `storable` takes some more."""
+    return all(np.abs(values).max() <= LARGEST for values in arrays)
 
 
 class Faults:
@@ -139,8 +145,8 @@ def require_finite(tasks: Sequence[str], observations: Float32[np.ndarray, "rows
     Raises:
         NonFiniteError: whatever the policy, since nothing of such an episode could be stored.
     """
-    if len(rows := np.flatnonzero(~storable(observations))):
-        task, environment = divmod(int(rows[0]), len(observations) // len(tasks))
+    if not all_storable(observations):
+        task, environment = divmod(int(np.argmin(storable(observations))), len(observations) // len(tasks))
         raise NonFiniteError(
             f"{tasks[task]}, environment {environment}: an episode begins or goes on with an observation that is not "
             "finite; nothing of it could be stored, whatever sac.nan_policy says."

@@ -13,7 +13,7 @@ from mtrl_imgrad.averages import by_task
 from mtrl_imgrad.baselines.sb3_run import Sb3Run
 from mtrl_imgrad.baselines.sb3_training import run_sb3_training
 from mtrl_imgrad.config import Config
-from mtrl_imgrad.faults import Transitions, require_finite, storable
+from mtrl_imgrad.faults import Transitions, require_finite
 from mtrl_imgrad.files import refuse_ways_out
 from mtrl_imgrad.gradient_cosines import append_rows
 from mtrl_imgrad.logs import Stopwatch
@@ -76,9 +76,9 @@ def run_training(run: Run) -> Path:
             next_observations, rewards, terminated, truncated, infos = run.envs.step_wait()
 
         # Leave out what is not finite
-        transitions = Transitions(run.tasks, sent, rewards, infos["final_obs"], infos)
-        normalized = run.normalizer(np.where(transitions.broken(), np.nan, rewards))
-        broken = ~storable(normalized)
+        normalized = run.normalizer(rewards)
+        transitions = Transitions(run.tasks, sent, normalized, infos["final_obs"], infos)
+        broken = transitions.broken()
         run.faults.take(transitions.faults(broken))
         require_finite(run.tasks, next_observations)
 

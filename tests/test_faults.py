@@ -234,11 +234,6 @@ class TestWhatIsFound:
         (fault,) = transitions.faults(transitions.broken())
         assert str(fault) == f"b, environment 1, goal 3, step 13: {told}"
 
-    def test_a_reward_that_only_normalisation_makes_infinite_is_found(self):
-        transitions = self.transitions(rewards=np.full(4, 10.0))
-        (fault,) = transitions.faults(np.array([True, False, False, False]))
-        assert str(fault).endswith("the reward is 10 and not finite when normalized")
-
     def test_the_normaliser_takes_in_finite_rewards_only(self):
         hurt, well = RewardNormalizer(2, 0.1), RewardNormalizer(2, 0.1)
         for rewards in ([1.0, 2.0], [3.0, 4.0]):

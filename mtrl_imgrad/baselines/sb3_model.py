@@ -21,7 +21,7 @@ from torch import Tensor
 from mtrl_imgrad.baselines.global_streams import GlobalStreams
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.envs.sb3 import MtVecEnv
-from mtrl_imgrad.faults import Faults, Transitions, require_finite, storable
+from mtrl_imgrad.faults import Faults, Transitions, require_finite
 from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.rewards import RewardNormalizer
 
@@ -64,9 +64,9 @@ class StorableSteps(VecEnvWrapper):
     def step_wait(self) -> Any:
         observations, rewards, dones, infos = self.envs.step_wait()
         arrays = self.envs.step_infos
-        transitions = Transitions(self.tasks, self.actions, rewards, arrays["final_obs"], arrays)
-        normalized = self.normalizer(np.where(transitions.broken(), np.nan, rewards))
-        broken = ~storable(normalized)
+        normalized = self.normalizer(rewards)
+        transitions = Transitions(self.tasks, self.actions, normalized, arrays["final_obs"], arrays)
+        broken = transitions.broken()
         self.faults.take(transitions.faults(broken))
         require_finite(self.tasks, observations)
         for row in np.flatnonzero(broken).tolist():
