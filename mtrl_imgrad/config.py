@@ -115,7 +115,8 @@ def unused_fields(algorithm: str) -> tuple[str, ...]:
     environments, length, warm-up, evaluation, reports, seed, device) is read by all of them."""
     if algorithm == "mtsac":
         return ("sb3",)
-    own = tuple(f"sac.{f.name}" for f in dataclasses.fields(SacConfig) if f.name not in ("steps", "warmup"))
+    shared = ("steps", "warmup", "nan_policy")
+    own = tuple(f"sac.{f.name}" for f in dataclasses.fields(SacConfig) if f.name not in shared)
     graph = ("precision", "jacobian", "compile", "cuda_graph", "envs.pipeline")
     return ("aggregator", "network", "replay", *graph, *own)
 

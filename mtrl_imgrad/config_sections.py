@@ -156,8 +156,11 @@ class SacConfig:
     reward_scale: float = 1.0
     """Factor on every reward, applied when a batch is sampled."""
     nan_policy: Literal["raise", "skip"] = "raise"
-    """An update with a NaN or an infinity changes nothing, whatever this is. raise: the run ends at the next log row,
-    naming task and loss; skip: it goes on and says so, and train/non_finite counts."""
+    """A NaN or an infinity never gets into parameters, statistics or the replay, whatever this is. raise: the run ends,
+    naming task and loss (at the next log row), or task, environment, goal and step of a transition whose reward or
+    observation is not finite, or in which MuJoCo's simulation became unstable. skip: the update changes nothing, the
+    transition is not stored and its episode starts over, and the run goes on, says so, and counts in train/non_finite
+    and rollout/non_finite. stable-baselines3's SAC heeds it for transitions; its losses always end the run."""
     critic_loss: Literal["squared", "categorical"] = "squared"
     """squared: mean squared error; categorical: HL-Gauss cross-entropy over critic_bins bins (Farebrother et al.
     2024)."""

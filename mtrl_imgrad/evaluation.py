@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.csv_files import csv_text, read_rows
+from mtrl_imgrad.faults import Fault, Transitions, summary
 from mtrl_imgrad.files import write_whole
 from mtrl_imgrad.world import World
 
@@ -25,6 +27,9 @@ Act = Callable[[Float[Tensor, "tasks rows entries"]], Float[Tensor, "tasks rows 
 @dataclass(frozen=True)
 class Episode:
     """One evaluation episode, a row of `eval.csv`.
+
+    An episode in which a reward or observation is not finite, or the simulation becomes unstable, ends there and has
+    failed, also where it had succeeded before; its return is that of the steps before.
 
     Attributes:
         step: simulator steps per task that the policy had trained for.
@@ -45,6 +50,10 @@ class Episode:
     steps_to_success: int
 
 
+def tell_on_stderr(text: str) -> None:
+    print(text, file=sys.stderr)
+
+
 COLUMNS = [item.name.rstrip("_") for item in fields(Episode)]
 
 
@@ -54,7 +63,13 @@ def goal_subset(goals: int, wanted: int) -> Int[np.ndarray, " chosen"]:
 
 
 def evaluate(
-    act: Act, envs: VectorEnv, tasks: Sequence[str], goals: Int[np.ndarray, " chosen"], step: int, config: Config
+    act: Act,
+    envs: VectorEnv,
+    tasks: Sequence[str],
+    goals: Int[np.ndarray, " chosen"],
+    step: int,
+    config: Config,
+    tell: Callable[[str], None] = tell_on_stderr,
 ) -> list[Episode]:
     """Run every task (in parallel) through every chosen goal (one after another).
 
@@ -66,23 +81,33 @@ def evaluate(
         goals: goal indices, the same for every task.
         step: training steps per task, written into the rows.
         config: for the horizon and the action repeat.
+        tell: called at the end with a line on the episodes that were cut short, if there are any.
     """
     decisions = -(-config.eval.horizon // config.envs.action_repeat)
     observations, _ = envs.reset(options={"goals": np.tile(goals, (len(tasks), 1))})
     rows: list[Episode] = []
+    faults: list[Fault] = []
     for episode, goal in enumerate(goals):
         returns, first_success = np.zeros(len(tasks)), np.full(len(tasks), -1)
         running = np.ones(len(tasks), dtype=bool)
         for decision in range(decisions):
             actions = act(torch.as_tensor(observations)[:, None])
-            observations, rewards, terminated, truncated, infos = envs.step(actions[:, 0].cpu().numpy())
-            returns += rewards * running
+            sent = actions[:, 0].cpu().numpy()
+            observations, rewards, terminated, truncated, infos = envs.step(sent)
+            transitions = Transitions(tasks, sent, rewards, infos["final_obs"], infos)
+            broken = transitions.broken() & running
+            faults += transitions.faults(broken)
+            running &= ~broken
+            first_success[broken] = -1
+            returns += np.where(running, rewards, 0.0)
             won = infos["success"] & running & (first_success < 0)
             first_success[won] = min((decision + 1) * config.envs.action_repeat, config.eval.horizon)
             running &= ~(terminated | truncated)
         for k, task in enumerate(tasks):
             to_success = int(first_success[k])
             rows.append(Episode(step, task, int(goal), episode, int(to_success >= 0), float(returns[k]), to_success))
+    if faults:
+        tell(f"warning: evaluation episodes that ended early and count as failed: {len(faults)} ({summary(faults)})")
     return sorted(rows, key=lambda row: tasks.index(row.task))
 
 
@@ -145,10 +170,18 @@ class Evaluator:
         world: makes the environments.
         folder: the run folder.
         beside: the training environments, whose workers these may use; None where there is no one env of all tasks.
+        tell: as for `evaluate`.
     """
 
-    def __init__(self, config: Config, world: World, folder: Path, beside: VectorEnv | None) -> None:
-        self.config, self.world, self.folder, self.beside = config, world, folder, beside
+    def __init__(
+        self,
+        config: Config,
+        world: World,
+        folder: Path,
+        beside: VectorEnv | None,
+        tell: Callable[[str], None] = tell_on_stderr,
+    ) -> None:
+        self.config, self.world, self.folder, self.beside, self.tell = config, world, folder, beside, tell
         self.some = goal_subset(world.goals, config.eval.goals_per_task)
         self.envs: VectorEnv | None = None
 
@@ -175,4 +208,4 @@ class Evaluator:
 
     def _evaluate(self, act: Act, goals: Int[np.ndarray, " chosen"], step: int) -> list[Episode]:
         self.envs = self.envs or self.world.evaluation(self.beside)
-        return evaluate(act, self.envs, self.world.tasks, goals, step, self.config)
+        return evaluate(act, self.envs, self.world.tasks, goals, step, self.config, self.tell)

@@ -65,12 +65,11 @@ class EpisodeStatistics:
         self.ended = np.zeros((4, tasks))  # episodes, successes, returns, lengths
 
     def add(self, done: np.ndarray, infos: dict[str, np.ndarray]) -> None:
-        """Take the episodes that ended in one vector step; rows are task-major."""
+        """Take the episodes that ended in one vector step, without those whose return is not finite; rows are
+        task-major."""
         if done.any():
-            values = (
-                np.stack([np.ones(len(done)), infos["success"], infos["episode_return"], infos["episode_length"]])
-                * done
-            )
+            values = np.stack([np.ones(len(done)), infos["success"], infos["episode_return"], infos["episode_length"]])
+            values = np.where(done & np.isfinite(infos["episode_return"]), values, 0.0)
             self.ended += values.reshape(4, self.ended.shape[1], -1).sum(-1)
 
     def pop(self, tasks: Sequence[str]) -> dict[str, float]:

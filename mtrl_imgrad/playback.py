@@ -18,6 +18,7 @@ from mtrl_imgrad.config import Config
 from mtrl_imgrad.envs import Goals, MetaworldVectorEnv
 from mtrl_imgrad.envs.vector import SIMULATOR_STEPS_PER_SECOND
 from mtrl_imgrad.evaluation import Episode
+from mtrl_imgrad.faults import Transitions
 from mtrl_imgrad.video import Caption, Frame, caption_height, tape_reader, tape_writer, with_caption
 
 SECONDS_AFTER_SUCCESS = 0.5
@@ -109,7 +110,7 @@ def play(
     show: Show,
     add: Callable[[Frame, Caption], None],
 ) -> Episode:
-    """Play one episode to its horizon.
+    """Play one episode to its horizon, or to where a number is not finite or the simulation becomes unstable.
 
     A task is drawn until SECONDS_AFTER_SUCCESS; what follows is played unseen, for the return of the whole episode. The
     last frame repeats the last picture with the result. The state at the horizon itself is never drawn: the
@@ -133,6 +134,9 @@ def play(
     for decision in range(-(-horizon // repeat)):
         actions, _ = policy.predict(observations[:1], deterministic=True)
         observations, rewards, _, _, infos = env.step(actions)
+        if Transitions((task,), actions, rewards, infos["final_obs"], infos).broken()[0]:
+            success_step = -1  # as in an evaluation
+            break
         step = min((decision + 1) * repeat, horizon)
         total += float(rewards[0])
         if success_step < 0 and infos["success"][0]:

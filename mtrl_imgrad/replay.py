@@ -3,6 +3,9 @@
 The task one-hot is never stored. At the end of an episode the true final observation is kept as the next observation,
 so a truncation bootstraps from the state where it happened. An n-step window stays inside one environment's ring and
 one episode and never crosses the write position.
+
+All rings are written together. Where a row has nothing to store, its slot repeats the row's transition before, which is
+then drawn that much more often, and no window runs into it.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from pathlib import Path
 
 import psutil
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
@@ -65,7 +68,7 @@ class Replay:
         self.gamma, self.n_step, self.device = gamma, n_step, device
         self.written = 0
         lead = (self.length, tasks, envs_per_task)
-        self.bytes = self.length * tasks * envs_per_task * (4 * (2 * observation_size + action_size + 1) + 2)
+        self.bytes = self.length * tasks * envs_per_task * (4 * (2 * observation_size + action_size + 1) + 3)
         free = free_memory(device)
         if self.bytes > free:
             raise MemoryError(
@@ -79,6 +82,7 @@ class Replay:
         self.rewards = torch.zeros(lead, device=device)
         self.terminated = torch.zeros(lead, dtype=torch.bool, device=device)
         self.ended = torch.zeros(lead, dtype=torch.bool, device=device)
+        self.repeated = torch.zeros(lead, dtype=torch.bool, device=device)
 
     @property
     def filled(self) -> int:
@@ -98,16 +102,26 @@ class Replay:
         next_observations: Float[Tensor, "tasks envs entries"],
         terminated: Tensor,
         truncated: Tensor,
+        broken: Bool[Tensor, "tasks envs"] | None = None,
     ) -> None:
         """Store one vector step; `next_observations` is the final observation where an episode ended, not the next
-        episode's first."""
+        episode's first. Rows that are `broken` repeat the transition before; where there is none yet, nothing is stored
+        of the whole vector step."""
         at = self.written % self.length
-        self.observations[at] = observations
-        self.next_observations[at] = next_observations
-        self.actions[at] = actions
-        self.rewards[at] = rewards
-        self.terminated[at] = terminated
-        self.ended[at] = terminated | truncated
+        new = (observations, next_observations, actions, rewards, terminated, terminated | truncated)
+        rings = (self.observations, self.next_observations, self.actions, self.rewards, self.terminated, self.ended)
+        if broken is None:
+            for ring, values in zip(rings, new, strict=True):
+                ring[at] = values
+            self.repeated[at] = False
+        elif self.written:
+            for ring, values in zip(rings, new, strict=True):
+                mask = broken.view(*broken.shape, *[1] * (values.ndim - 2))
+                ring[at] = torch.where(mask, ring[at - 1], values)
+            self.ended[at] |= broken
+            self.repeated[at] = broken
+        else:
+            return
         self.written += 1
 
     def draw(self, batch_per_task: int, generator: torch.Generator) -> Int[Tensor, "2 tasks rows"]:
@@ -126,10 +140,11 @@ class Replay:
         task = torch.arange(self.tasks, device=self.device)[:, None]
         env = starts[1]
 
-        ended = self.ended[when, task[..., None], env[..., None]]
-        reached = torch.cat([torch.ones_like(ended[..., :1]), ~ended[..., :-1]], dim=-1).cumprod(-1)
+        rows = (task[..., None], env[..., None])
+        cut = self.ended[when[..., :-1], *rows] | self.repeated[when[..., 1:], *rows]
+        reached = torch.cat([torch.ones_like(when[..., :1], dtype=torch.bool), ~cut], dim=-1).cumprod(-1)
         last = reached.sum(-1, keepdim=True) - 1
-        discounted = self.rewards[when, task[..., None], env[..., None]] * self.gamma**steps
+        discounted = self.rewards[when, *rows] * self.gamma**steps
         rewards = torch.where(reached > 0, discounted, 0.0).sum(-1)
 
         first, final = when[..., 0], when.gather(-1, last).squeeze(-1)
@@ -149,7 +164,7 @@ class Replay:
 
 CGROUP = Path("/sys/fs/cgroup")
 """Where Linux tells a container its memory limit (version 2); elsewhere it does not exist."""
-RINGS = ("observations", "next_observations", "actions", "rewards", "terminated", "ended")
+RINGS = ("observations", "next_observations", "actions", "rewards", "terminated", "ended", "repeated")
 
 
 def free_memory(device: torch.device) -> int:

@@ -14,7 +14,8 @@ class RewardNormalizer:
 
     `m <- (1 - rate) m + rate r`, `v <- (1 - rate) v + rate (r - m)^2`, result `r / sqrt(v)`, from m = 0, v = 1: mtrl's
     wrapper (rate 0.001), with which the CAGrad family of papers trains. Rewards are normalised before they are stored,
-    so the replay mixes scales, as theirs does. Rate 0 changes nothing.
+    so the replay mixes scales, as theirs does. Rate 0 changes nothing. A reward that is not finite is not taken into
+    the statistics, and its result is not finite either.
     """
 
     def __init__(self, tasks: int, rate: float) -> None:
@@ -24,12 +25,17 @@ class RewardNormalizer:
     def __call__(self, rewards: Float[np.ndarray, " rows"]) -> Float[np.ndarray, " rows"]:
         """Take one vector step's rewards (task-major rows) into the statistics, one environment after another, and
         normalise them."""
+        if not self.rate:
+            return rewards.copy()
         normalized = np.empty_like(rewards)
         by_task, result = rewards.reshape(len(self.mean), -1), normalized.reshape(len(self.mean), -1)
         for env, reward in enumerate(by_task.T):
-            self.mean += self.rate * (reward - self.mean)
-            self.variance += self.rate * ((reward - self.mean) ** 2 - self.variance)
-            result[:, env] = reward / np.sqrt(self.variance)
+            rate = np.where(np.isfinite(reward), self.rate, 0.0)
+            known = np.where(np.isfinite(reward), reward, self.mean)
+            self.mean += rate * (known - self.mean)
+            self.variance += rate * ((known - self.mean) ** 2 - self.variance)
+            with np.errstate(all="ignore"):  # rewards that never change let the variance decay to 0
+                result[:, env] = reward / np.sqrt(self.variance)
         return normalized
 
     def state_dict(self) -> dict[str, Tensor]:

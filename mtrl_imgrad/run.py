@@ -18,6 +18,7 @@ from mtrl_imgrad.averages import Averages
 from mtrl_imgrad.checkpoint import Checkpoint
 from mtrl_imgrad.config import Config, aggregator_name
 from mtrl_imgrad.evaluation import Evaluator
+from mtrl_imgrad.faults import Faults, require_finite
 from mtrl_imgrad.files import FolderLock, read_object
 from mtrl_imgrad.interruption import Interruption
 from mtrl_imgrad.kept_checkpoints import choose_checkpoint, has_checkpoint
@@ -133,16 +134,18 @@ class Run:
         self.interruption = Interruption()
         self.averages, self.cosines = Averages(), Averages()  # since the last log row; since the last evaluation
         self.episodes = EpisodeStatistics(len(self.tasks))
+        self.faults = Faults(config.sac.nan_policy)
 
         self.start = 0
         self.loaded: Checkpoint | None = None
         first = self._restore(resume) if resume else None
         if first is None:
             first, _ = self.envs.reset()
+        require_finite(self.tasks, first)
         (self.observations,) = self.on_device(first)
         self.output = RunOutput(config, self.world, lock, self.loaded, self.learner.non_finite)
         self.folder, self.log = self.output.folder, self.output.log
-        self.evaluator = Evaluator(config, self.world, self.folder, self.envs)
+        self.evaluator = Evaluator(config, self.world, self.folder, self.envs, self.log.print)
 
     def __enter__(self) -> Run:
         return self
@@ -215,7 +218,8 @@ class Run:
         """Write a checkpoint, from which a resume gives the same numbers as going on. One that is required raises an
         OSError where it cannot be written; another is skipped with a warning."""
         blocks = ring_blocks.blocks("replay", self.replay.rings(), self.replay.written)
-        state = self._description() | {"envs": self.envs.state_dict(), "written": self.replay.written}
+        counts = {"written": self.replay.written, "left_out": self.faults.count}
+        state = self._description() | counts | {"envs": self.envs.state_dict()}
         self.output.save(step, state, {name: part.state_dict for name, part in self._saved().items()}, blocks, required)
 
     def keep_best(self, step: int, evaluated: dict[str, float]) -> None:
@@ -236,9 +240,8 @@ class Run:
             check_same(state, self._description())
             for name, part in self._saved().items():
                 part.load_state_dict(checkpoint.part(name, self.device))
-            self.replay.written = count(state, "written")
-            if self.replay.written * self.config.vector_step != checkpoint.step:
-                raise ValueError(f"'written' is {self.replay.written}, which is not that of step {checkpoint.step}")
+            self.replay.written = count(state, "written", checkpoint.step // self.config.vector_step)
+            self.faults.count = count(state, "left_out")
             stored = (checkpoint.part(name, CPU) for name in checkpoint.blocks("replay"))
             ring_blocks.fill(self.replay.rings(), self.replay.written, stored)
             first, _ = self.envs.load_state_dict(entry(state, "envs", dict))

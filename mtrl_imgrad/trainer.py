@@ -6,12 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from mtrl_imgrad.averages import by_task
 from mtrl_imgrad.baselines.sb3_run import Sb3Run
 from mtrl_imgrad.baselines.sb3_training import run_sb3_training
 from mtrl_imgrad.config import Config
+from mtrl_imgrad.faults import Transitions, require_finite
 from mtrl_imgrad.files import refuse_ways_out
 from mtrl_imgrad.gradient_cosines import append_rows
 from mtrl_imgrad.logs import Stopwatch
@@ -31,7 +33,7 @@ def train(config: Config, resume: Path | None = None, make_world: MakeWorld = me
         ValueError: a field is not allowed, or the folder cannot be resumed.
         MemoryError: the replay does not fit.
         FileExistsError: the run folder exists.
-        NonFiniteError: a loss was not finite; see `sac.nan_policy`.
+        NonFiniteError: a loss or a transition was not finite; see `sac.nan_policy`.
     """
     opened, loop = open_run(config, resume, make_world)
     with opened as run:
@@ -66,17 +68,27 @@ def run_training(run: Run) -> Path:
         with watch.measure("stepping"):
             learner.observe(run.observations)
             actions = uniform if step <= sac.warmup else learner.act(run.observations, noise)
-            run.envs.step_async(actions.flatten(0, 1).cpu().numpy())
+            sent = actions.flatten(0, 1).cpu().numpy()
+            run.envs.step_async(sent)
         if config.envs.pipeline:
             learn(run, step, watch)  # from what was stored before this step, while the environments take it
         with watch.measure("stepping", count=0):
             next_observations, rewards, terminated, truncated, infos = run.envs.step_wait()
 
+        # Leave out what is not finite
+        normalized = run.normalizer(rewards)
+        transitions = Transitions(run.tasks, sent, normalized, infos["final_obs"], infos)
+        broken = transitions.broken()
+        run.faults.take(transitions.faults(broken))
+        require_finite(run.tasks, next_observations)
+
         # Store the true next observation: where an episode ended, that is not the one which the next action is for
-        outcome = (next_observations, run.normalizer(rewards), infos["final_obs"], terminated, truncated)
+        outcome = (next_observations, np.where(broken, 0.0, normalized), infos["final_obs"], terminated, truncated)
         next_rows, reward_rows, final_rows, terminated_rows, truncated_rows = run.on_device(*outcome)
-        replay.add(run.observations, actions, reward_rows, final_rows, terminated_rows.bool(), truncated_rows.bool())
-        run.episodes.add(terminated | truncated, infos)
+        broken_rows = run.on_device(broken)[0].bool() if broken.any() else None
+        ends = (terminated_rows.bool(), truncated_rows.bool())
+        replay.add(run.observations, actions, reward_rows, final_rows, *ends, broken_rows)
+        run.episodes.add((terminated | truncated) & ~broken, infos)
         run.observations = next_rows
 
         # Learn
@@ -94,7 +106,7 @@ def run_training(run: Run) -> Path:
         # Report
         if evaluating or config.due(config.log.every, step) or step == steps[-1]:
             counts = {"train/updates": float(learner.state["updates"]), "rollout/transitions": step * len(run.tasks)}
-            counts["train/non_finite"] = int(learner.non_finite.sum())
+            counts |= {"train/non_finite": int(learner.non_finite.sum()), "rollout/non_finite": run.faults.count}
             values = counts | run.episodes.pop(run.tasks) | by_task(run.averages.pop(), run.tasks) | evaluated
             if evaluating:
                 with watch.measure("evaluation", count=0):
@@ -102,6 +114,8 @@ def run_training(run: Run) -> Path:
             times = watch.pop(step, len(run.tasks))
             times["time/elapsed"] = run.elapsed()
             run.log.row(step, values | times)
+            if told := run.faults.told():
+                run.log.print(f"warning: {told}")
             run.log.tell_non_finite(learner.non_finite, run.tasks, sac.nan_policy)
 
         # Save

@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -271,6 +272,22 @@ class TestMistakes:
         assert re.fullmatch(r"mtrl-imgrad: non-finite losses.*(critic|actor) loss of (east|north): \d+.*\n", said)
         assert main([*flags, "--run-dir", "other", "--sac.nan-policy", "skip"]) == 0
         assert "warning: non-finite losses" in capsys.readouterr().out
+
+    def test_a_transition_that_is_not_finite_ends_it_with_exit_code_1_and_one_line_or_is_left_out(
+        self, work, tiny, monkeypatch, capsys
+    ):
+        def spoil(env, rewards, final_obs):
+            rewards[1] = np.nan if env.steps_taken == 7 else rewards[1]
+
+        monkeypatch.setattr(TinyVectorEnv, "spoil", spoil)
+        flags = ["train", *TINY_FLAGS]
+        assert main([*flags, "--run-dir", "run"]) == 1
+        said = capsys.readouterr().err
+        assert re.fullmatch(
+            r"mtrl-imgrad: north, environment 0, goal \d+, step \d+: the reward is nan\. .*skip.*\n", said
+        )
+        assert main([*flags, "--run-dir", "other", "--sac.nan-policy", "skip"]) == 0
+        assert "warning: transitions left out: 1 (north" in capsys.readouterr().out
 
 
 class TestPrecedence:

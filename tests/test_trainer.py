@@ -21,6 +21,8 @@ from mtrl_imgrad.trainer import run_training
 
 CPU = torch.device("cpu")
 TASKS = 4
+HUGE = 3e19
+"""A reward whose square, and so the loss of the critics, is infinite in float32."""
 
 
 def short_config(run_dir: Path | str, **sections) -> Config:
@@ -243,8 +245,8 @@ class TestFailures:
             train(replace(config, replay=replace(config.replay, capacity=10**13)), make_world=make_world)
         assert not (tmp_path / "run").exists()
 
-    def test_non_finite_rewards_end_the_run_at_a_log_row_with_task_and_loss(self, tmp_path, read_csv):
-        broken = partial(make_world, constant_reward=float("nan"))
+    def test_non_finite_losses_end_the_run_at_a_log_row_with_task_and_loss(self, tmp_path, read_csv):
+        broken = partial(make_world, constant_reward=HUGE)
         with pytest.raises(NonFiniteError, match=r"critic loss of east: \d+; .*sac\.nan_policy skip"):
             train(short_config(tmp_path / "run"), make_world=broken)
         rows = read_csv(tmp_path / "run" / "progress.csv")
@@ -254,7 +256,7 @@ class TestFailures:
 
     def test_non_finite_numbers_from_before_a_resume_do_not_end_the_run_again(self, tmp_path):
         skip = short_config(tmp_path / "run", sac=tiny_sac(steps=80, warmup=40, nan_policy="skip"))
-        train(skip, make_world=partial(make_world, constant_reward=float("nan")))
+        train(skip, make_world=partial(make_world, constant_reward=HUGE))
         longer = replace(skip, sac=replace(skip.sac, steps=80 + 40, nan_policy="raise"))
         with Run(longer, tmp_path / "run", make_world) as run:
             assert run.learner.non_finite.any()
@@ -263,10 +265,10 @@ class TestFailures:
             with pytest.raises(NonFiniteError, match=r"\(actor loss of \w+: 1\)"):
                 run.log.tell_non_finite(run.learner.non_finite, run.tasks, "raise")
 
-    def test_with_skip_non_finite_rewards_are_told_with_task_and_loss_and_change_nothing(self, tmp_path, capsys):
+    def test_with_skip_non_finite_losses_are_told_with_task_and_loss_and_change_nothing(self, tmp_path, capsys):
         config = short_config(tmp_path / "run")
         config = replace(config, sac=replace(config.sac, nan_policy="skip"))
-        folder = train(config, make_world=partial(make_world, constant_reward=float("nan")))
+        folder = train(config, make_world=partial(make_world, constant_reward=HUGE))
         said = capsys.readouterr().out
         assert "warning: non-finite losses" in said
         assert "critic loss of east" in said

@@ -18,7 +18,7 @@ from gymnasium.vector.utils import batch_space
 
 from mtrl_imgrad.config import BenchmarkConfig, Config, EnvsConfig, EvalConfig, LogConfig, NetworkConfig, SacConfig
 from mtrl_imgrad.envs import GoalSchedule
-from mtrl_imgrad.envs.episode_script import EpisodeScript, actions_of
+from mtrl_imgrad.envs.episode_script import EpisodeScript, steps_of
 from mtrl_imgrad.world import MakeWorld, World
 
 SPEED = 0.2
@@ -73,6 +73,8 @@ class TinyVectorEnv(VectorEnv):
         self.success = np.zeros(self.num_envs, bool)
         self.episode_return = np.zeros(self.num_envs)
         self.episode_length = np.zeros(self.num_envs, np.int64)
+        self.clock = 0
+        self.to_restart: list[int] = []
         self.steps_taken = 0
         """Simulator steps of each row since construction."""
 
@@ -91,26 +93,36 @@ class TinyVectorEnv(VectorEnv):
     def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
         self.script.add(np.asarray(actions, np.float32))
         rewards = np.zeros(self.num_envs)
-        for _ in range(min(self.action_repeat, self.horizon - int(self.episode_length[0]))):
+        for _ in range(min(self.action_repeat, self.horizon - self.clock)):
             self.position = np.clip(self.position + SPEED * np.clip(actions, -1, 1), -1.5, 1.5)
             distance = np.linalg.norm(self.position - GOAL_DISTANCES[self.goal, None] * self.directions, axis=1)
             rewards += -distance if self.constant_reward is None else self.constant_reward
             self.success |= distance < NEAR
             self.episode_length += 1
+            self.clock += 1
             self.steps_taken += 1
-        self.episode_return += rewards
-        ended = self.episode_length == self.horizon
+        final_obs = self._observe()
+        self.spoil(rewards, final_obs)
+        broken = ~np.isfinite(rewards) | ~np.isfinite(final_obs).all(axis=1)
+        broken[self.to_restart] = True
+        self.episode_return += np.where(broken, 0.0, rewards)
+        all_ended = np.full(self.num_envs, self.clock == self.horizon)
+        ended = all_ended | broken
         infos = {
-            "final_obs": self._observe(),
+            "final_obs": final_obs,
             "_final_obs": ended.copy(),
             "success": self.success.copy(),
             "goal": self.goal.copy(),
             "episode_return": self.episode_return.copy(),
             "episode_length": self.episode_length.copy(),
+            "unstable": np.zeros(self.num_envs, bool),
         }
-        self._start(np.flatnonzero(ended))
+        if broken.any() and not all_ended.any():
+            self._begin(broken)
+            self.script.restart(np.flatnonzero(broken).tolist())
+        self._start(np.flatnonzero(all_ended))
         never = np.zeros_like(ended)
-        terminated, truncated = (ended, never) if self.terminates else (never, ended)
+        terminated, truncated = (all_ended & ~broken, broken) if self.terminates else (never, ended)
         return self._observe(), rewards, terminated, truncated, infos
 
     def step_async(self, actions: np.ndarray) -> None:
@@ -127,19 +139,28 @@ class TinyVectorEnv(VectorEnv):
         self.schedule.load_state_dict(state["start"]["schedule"])
         self.goal[:] = state["start"]["goal"]
         self.script.begin(state["start"])
-        for actions in actions_of(state, self.num_envs):
+        for actions, rows in steps_of(state, self.num_envs):
+            self.to_restart = rows
             self.step(actions)
+        self.to_restart = []
         return self._observe(), {"goal": self.goal.copy()}
 
     def _start(self, rows: np.ndarray) -> None:
         for row in rows.tolist():
             self.goal[row] = self.schedule.next_goal(row)
+        self._begin(rows)
+        if len(rows):  # all rows begin together
+            self.clock = 0
+            self.script.begin({"goal": self.goal.tolist(), "schedule": self.schedule.state_dict()})
+
+    def _begin(self, rows: np.ndarray) -> None:
         self.position[rows] = 0.0
         self.success[rows] = False
         self.episode_return[rows] = 0.0
         self.episode_length[rows] = 0
-        if len(rows):  # all rows begin together
-            self.script.begin({"goal": self.goal.tolist(), "schedule": self.schedule.state_dict()})
+
+    def spoil(self, rewards: np.ndarray, final_obs: np.ndarray) -> None:
+        """For what is derived from this: put something that is not finite into the arrays of a step."""
 
     def _observe(self) -> np.ndarray:
         return np.column_stack([self.position, GOAL_DISTANCES[self.goal]]).astype(np.float32)

@@ -12,14 +12,17 @@ import numpy as np
 import torch
 from jaxtyping import Bool
 from stable_baselines3 import SAC
+from stable_baselines3.common.buffers import ReplayBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.logger import Logger
-from stable_baselines3.common.vec_env import VecEnv, VecEnvWrapper
+from stable_baselines3.common.vec_env import VecEnvWrapper, VecNormalize
 from torch import Tensor
 
 from mtrl_imgrad.baselines.global_streams import GlobalStreams
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.envs.sb3 import MtVecEnv
+from mtrl_imgrad.faults import Faults, Transitions, require_finite
+from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.rewards import RewardNormalizer
 from mtrl_imgrad.saved_state import check_like, check_same, count, entry, restore_stream
 
@@ -34,19 +37,83 @@ Measured = Callable[[str, float, int], None]
 """Told what took how many seconds, and how often it happened in them."""
 
 
-class NormalizedRewards(VecEnvWrapper):
-    """Divides rewards as `RewardNormalizer` does before SB3 stores them; the returns of episodes stay as they are."""
+class StorableSteps(VecEnvWrapper):
+    """What SB3 may store: rewards divided as `RewardNormalizer` does (the returns of episodes stay as they are), and a
+    mark, `broken` in a row's infos, on transitions that are worth nothing, which `FiniteReplayBuffer` leaves out.
 
-    def __init__(self, venv: VecEnv, normalizer: RewardNormalizer) -> None:
+    Args:
+        venv: the environments.
+        normalizer: of the rewards.
+        faults: is told of the transitions that are worth nothing.
+    """
+
+    def __init__(self, venv: MtVecEnv, normalizer: RewardNormalizer, faults: Faults) -> None:
         super().__init__(venv)
-        self.normalizer = normalizer
+        self.envs, self.tasks = venv, venv.envs.task_names
+        self.normalizer, self.faults = normalizer, faults
+        self.actions = np.empty(0)
 
     def reset(self) -> Any:
-        return self.venv.reset()
+        observations: Any = self.venv.reset()
+        require_finite(self.tasks, observations)
+        return observations
+
+    def step_async(self, actions: np.ndarray) -> None:
+        self.actions = actions
+        self.venv.step_async(actions)
 
     def step_wait(self) -> Any:
-        observations, rewards, dones, infos = self.venv.step_wait()
-        return observations, self.normalizer(rewards), dones, infos
+        observations, rewards, dones, infos = self.envs.step_wait()
+        arrays = self.envs.step_infos
+        normalized = self.normalizer(rewards)
+        transitions = Transitions(self.tasks, self.actions, normalized, arrays["final_obs"], arrays)
+        broken = transitions.broken()
+        self.faults.take(transitions.faults(broken))
+        require_finite(self.tasks, observations)
+        for row in np.flatnonzero(broken).tolist():
+            infos[row]["broken"] = True
+        return observations, np.where(broken, 0.0, normalized), dones, infos
+
+
+class FiniteReplayBuffer(ReplayBuffer):
+    """SB3's replay buffer, in which the slot of a broken transition repeats the row's transition before, as in
+    `Replay`. Where there is none yet, nothing is stored of the whole vector step.
+
+    Attributes:
+        written: slots written so far, over all laps.
+    """
+
+    written = 0
+
+    def add(
+        self,
+        obs: np.ndarray,
+        next_obs: np.ndarray,
+        action: np.ndarray,
+        reward: np.ndarray,
+        done: np.ndarray,
+        infos: list[dict[str, Any]],
+    ) -> None:
+        rows = [row for row, info in enumerate(infos) if "broken" in info]
+        if rows and not self.written:
+            return
+        before, at = self.pos - 1, self.pos
+        kept = {name: getattr(self, name)[before, rows].copy() for name in STORED} if rows else {}
+        super().add(obs, next_obs, action, reward, done, infos)
+        for name, values in kept.items():
+            getattr(self, name)[at, rows] = values
+        self.written += 1
+
+    def sample(self, batch_size: int, env: VecNormalize | None = None) -> Any:
+        """
+        Raises:
+            NonFiniteError: nothing is stored.
+        """
+        if not self.written:
+            raise NonFiniteError(
+                "the first update has nothing to learn from: every vector step had a number not finite."
+            )
+        return super().sample(batch_size, env)
 
 
 class LossMeans(Logger):
@@ -58,8 +125,14 @@ class LossMeans(Logger):
         self.count = 0
 
     def record(self, key: str, value: Any, exclude: Any = None) -> None:
-        """Take one number; after SB3's updates of one vector step, it is their mean."""
+        """Take one number; after SB3's updates of one vector step, it is their mean.
+
+        Raises:
+            NonFiniteError: it is not finite. SB3 has stepped already, so its networks are worth nothing now.
+        """
         if key in LOSSES:
+            if not np.isfinite(value):
+                raise NonFiniteError(f"{key} of stable-baselines3's SAC is {value:g}.")
             self.sums[key] += float(value)
             self.count += key == LOSSES[0]
 
@@ -85,7 +158,8 @@ class Observer(BaseCallback):
         self._updated()
 
     def _on_step(self) -> bool:
-        done, infos = self.locals["dones"], self.locals["infos"]
+        infos = self.locals["infos"]
+        done = self.locals["dones"] & ~np.array(["broken" in info for info in infos])
         if done.any():
             episodes = [info.get("episode", {"r": 0.0, "l": 0}) for info in infos]
             values = {
@@ -113,12 +187,13 @@ class Observer(BaseCallback):
 
 
 class Sb3Model:
-    """One SAC of stable-baselines3, unmodified, and all that belongs to it.
+    """One SAC of stable-baselines3, unmodified but for the guard of its replay buffer, and all that belongs to it.
 
     Args:
         config: of the run; SAC's own settings are those of `config.sb3`.
         envs: what it learns from; it is closed with the model.
         normalizer: of the rewards.
+        faults: is told of transitions that are worth nothing.
         seed: of SB3's random numbers: networks, actions and batches.
         device: where the networks go.
 
@@ -127,7 +202,13 @@ class Sb3Model:
     """
 
     def __init__(
-        self, config: Config, envs: MtVecEnv, normalizer: RewardNormalizer, seed: int, device: torch.device
+        self,
+        config: Config,
+        envs: MtVecEnv,
+        normalizer: RewardNormalizer,
+        faults: Faults,
+        seed: int,
+        device: torch.device,
     ) -> None:
         settings = config.sb3
         self.envs, self.normalizer, self.seed = envs, normalizer, seed
@@ -136,7 +217,8 @@ class Sb3Model:
         with self.streams.lent(), _naming_the_buffer(settings.buffer_size):
             self.sac = SAC(
                 "MlpPolicy",
-                NormalizedRewards(envs, normalizer),
+                StorableSteps(envs, normalizer, faults),
+                replay_buffer_class=FiniteReplayBuffer,
                 learning_rate=settings.learning_rate,
                 buffer_size=settings.buffer_size,
                 learning_starts=config.sac.warmup // config.vector_step * envs.num_envs,
@@ -206,7 +288,7 @@ class Sb3Model:
     @property
     def written(self) -> int:
         """Slots of the replay buffer written so far, over all laps."""
-        return self.sac.num_timesteps // self.envs.num_envs
+        return self._buffer().written
 
     def counters(self) -> dict[str, Any]:
         """Everything that is not a tensor, as JSON keeps it."""
@@ -216,6 +298,7 @@ class Sb3Model:
             "updates": self.sac._n_updates,
             "position": buffer.pos,
             "full": buffer.full,
+            "written": buffer.written,
             "action_space": self.envs.action_space.np_random.bit_generator.state,
             "losses": {"count": self.losses.count, "sums": dict(self.losses.sums)},
             "envs": self.envs.state_dict(),
@@ -229,7 +312,8 @@ class Sb3Model:
         """
         buffer, losses = self._buffer(), entry(state, "losses", dict)
         self.sac.num_timesteps, self.sac._n_updates = count(state, "timesteps"), count(state, "updates")
-        full, position = divmod(self.written, buffer.buffer_size)
+        buffer.written = count(state, "written", self.sac.num_timesteps // self.envs.num_envs)
+        full, position = divmod(buffer.written, buffer.buffer_size)
         check_same(state, {"position": position, "full": full > 0})
         buffer.pos, buffer.full = position, full > 0
         restore_stream(self.envs.action_space.np_random, entry(state, "action_space", dict))
@@ -238,6 +322,7 @@ class Sb3Model:
             raise ValueError(f"'sums' are of {', '.join(sums)} and must be of {', '.join(LOSSES)}")
         self.losses.sums.update({tag: entry(sums, tag, float) for tag in sums})
         self.sac._last_obs = self.envs.load_state_dict(entry(state, "envs", dict))
+        require_finite(self.envs.envs.task_names, self.sac._last_obs)
 
     def _buffer(self) -> Any:
         return self.sac.replay_buffer

@@ -1,9 +1,9 @@
 """Runs of stable-baselines3's SAC: its class and its training loop, in our environments, evaluation and run folders.
 
 What describes the experiment comes from the same fields as in our runs: `benchmark`, `envs` (without `pipeline`),
-`eval`, `log`, `checkpoint`, `seed`, `run_dir`, `device`, `threads`, `sac.steps` (length) and `sac.warmup` (random steps
-per task before the first update, SB3's `learning_starts`). Everything that is SAC comes from `sb3`, whose defaults are
-SB3's own. No other field is used (`config.unused_fields`).
+`eval`, `log`, `checkpoint`, `seed`, `run_dir`, `device`, `threads`, `sac.steps` (length), `sac.warmup` (random steps
+per task before the first update, SB3's `learning_starts`) and `sac.nan_policy` (for transitions). Everything that is
+SAC comes from `sb3`, whose defaults are SB3's own. No other field is used (`config.unused_fields`).
 
 SB3 updates after each vector step, `sb3.gradient_steps` times whatever the number of environments: with its default of
 1, a network that learns from ten environments makes one update for ten transitions. An episode's end by time is a
@@ -31,6 +31,7 @@ from mtrl_imgrad.checkpoint import Checkpoint, Parts
 from mtrl_imgrad.config import Config, unused_fields
 from mtrl_imgrad.envs.sb3 import MtVecEnv
 from mtrl_imgrad.evaluation import Evaluator
+from mtrl_imgrad.faults import Faults
 from mtrl_imgrad.files import FolderLock, read_object
 from mtrl_imgrad.interruption import Interruption
 from mtrl_imgrad.kept_checkpoints import choose_checkpoint, has_checkpoint
@@ -38,7 +39,7 @@ from mtrl_imgrad.logs import EpisodeStatistics, Stopwatch
 from mtrl_imgrad.rewards import RewardNormalizer
 from mtrl_imgrad.run import CPU, EMA_RATE, STREAMS, choose_device
 from mtrl_imgrad.run_output import RunOutput
-from mtrl_imgrad.saved_state import check_same, entry
+from mtrl_imgrad.saved_state import check_same, count, entry
 from mtrl_imgrad.world import MakeWorld, metaworld
 
 
@@ -61,6 +62,7 @@ class Sb3Run:
             torch.set_num_threads(config.threads)
         self.world = make_world(config, read_object(resume / "goals.json") if resume else None)
         self.tasks = self.world.tasks
+        self.faults = Faults(config.sac.nan_policy)
         self.models = self._make_models(make_world)
         self.interruption = Interruption()
         self.policies = Sb3Policies([model.sac.policy for model in self.models], len(self.tasks), sees_task(config))
@@ -71,7 +73,7 @@ class Sb3Run:
         self.output = RunOutput(config, self.world, lock, self.loaded)
         self.folder, self.log = self.output.folder, self.output.log
         beside = self.models[0].envs.envs if len(self.models) == 1 else None
-        self.evaluator = Evaluator(config, self.world, self.folder, beside)
+        self.evaluator = Evaluator(config, self.world, self.folder, beside, self.log.print)
 
     def __enter__(self) -> Sb3Run:
         return self
@@ -103,7 +105,8 @@ class Sb3Run:
         ):
             envs: Any = world.training(of_env, tuple(tasks.tolist()))
             adapter = MtVecEnv(envs, task_one_hot=sees_task(config))
-            models.append(Sb3Model(config, adapter, RewardNormalizer(len(tasks), rate), seed, self.device))
+            normalizer = RewardNormalizer(len(tasks), rate)
+            models.append(Sb3Model(config, adapter, normalizer, self.faults, seed, self.device))
         return models
 
     def act(self, observations: Tensor) -> Tensor:
@@ -164,7 +167,8 @@ class Sb3Run:
             f"each SAC: {envs} environments, updates per vector step: {per_step}, of {settings.batch_size} transitions",
             f"device: {self.device}, {torch.get_num_threads()} threads; "
             f"parameters of each SAC: {parameters:,} with target critics",
-            "used: benchmark, envs, eval, log, checkpoint, seed, device, threads, sac.steps, sac.warmup and sb3; "
+            "used: benchmark, envs, eval, log, checkpoint, seed, device, threads, sac.steps, sac.warmup, "
+            "sac.nan_policy and sb3; "
             f"not used: {', '.join(name for name in unused_fields(config.algorithm) if not name.startswith('sac.'))} "
             "and the rest of sac",
             f"watch: tensorboard --logdir {shlex.quote(str(self.folder / 'tensorboard'))}"
@@ -187,7 +191,8 @@ class Sb3Run:
             for number, model in enumerate(self.models)
             for name, make in ring_blocks.blocks(f"replay-{number}", model.rings(), model.written).items()
         }
-        state = self._description() | {"models": [model.counters() for model in self.models]}
+        counters = {"models": [model.counters() for model in self.models], "left_out": self.faults.count}
+        state = self._description() | counters
         self.output.save(step, state, parts, blocks, required)
 
     def keep_best(self, step: int, evaluated: dict[str, float]) -> None:
@@ -209,7 +214,7 @@ class Sb3Run:
         with checkpoint.taken():
             state, models = checkpoint.state(), len(self.models)
             check_same(state, self._description())
-            counters = entry(state, "models", list)
+            counters, self.faults.count = entry(state, "models", list), count(state, "left_out")
             learner, generators, rewards = (
                 _split(checkpoint.part(part, CPU), models) for part in ("learner", "generators", "rewards")
             )
@@ -218,7 +223,7 @@ class Sb3Run:
             for number, model in enumerate(self.models):
                 model.load_networks(learner[number])
                 model.load_counters(counters[number])
-                if model.written * self.config.vector_step != checkpoint.step:
+                if model.sac.num_timesteps != checkpoint.step // self.config.vector_step * model.envs.num_envs:
                     raise ValueError(f"'timesteps' are not those of step {checkpoint.step}")
                 stored = (checkpoint.part(name, CPU) for name in checkpoint.blocks(f"replay-{number}"))
                 ring_blocks.fill(model.rings(), model.written, stored)

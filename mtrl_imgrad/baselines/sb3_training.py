@@ -42,6 +42,7 @@ def run_sb3_training(run: Sb3Run) -> Path:
         if evaluating or config.due(config.log.every, step) or step == ends[-1]:
             counts = {
                 "train/updates": float(run.models[0].updates),
+                "rollout/non_finite": run.faults.count,
                 "rollout/transitions": float(step * len(run.tasks)),
                 "time/elapsed": run.elapsed(),
             }
@@ -50,6 +51,8 @@ def run_sb3_training(run: Sb3Run) -> Path:
                 with watch.measure("evaluation", count=0):
                     run.log.tensorboard.evaluation(step, run.tasks, values, {}, run.parameters())
             run.log.row(step, values | watch.pop(step, len(run.tasks)))
+            if told := run.faults.told():
+                run.log.print(f"warning: {told}")
 
         # Save
         if config.due(config.checkpoint.every, step) or run.interruption.number:

@@ -20,11 +20,16 @@ INFOS = {"near_object", "grasp_success", "grasp_reward", "in_place_reward", "obj
 class EmptyRow:
     """A row of `MetaworldVectorEnv`."""
 
+    unstable = False
+
     def __init__(self, horizon: int) -> None:
         self._horizon, self._length = horizon, 0
 
     def reset(self, goal: int) -> Float64[np.ndarray, "observation=39"]:
         self._length = 0
+        return OBSERVATION
+
+    def restart(self, goal: int) -> Float64[np.ndarray, "observation=39"]:
         return OBSERVATION
 
     def step(

@@ -11,7 +11,7 @@ import struct
 
 _HEADER = struct.Struct("<cII")
 
-OPEN, RESET, STEP, DRAW, CLOSE = b"o", b"r", b"s", b"d", b"c"
+OPEN, RESET, RESTART, STEP, DRAW, CLOSE = b"o", b"r", b"a", b"s", b"d", b"c"
 """What a vector env asks for."""
 DONE, FAILED = b"=", b"!"
 """What a worker answers."""

@@ -49,7 +49,11 @@ class ChunkSpec:
 class Row(Protocol):
     """An environment that is stepped on its own; `TaskEnv` is one."""
 
+    unstable: bool
+
     def reset(self, goal: int) -> Float[np.ndarray, "observation=39"]: ...
+
+    def restart(self, goal: int) -> Float[np.ndarray, "observation=39"]: ...
 
     def step(
         self, action: Float32[np.ndarray, "action=4"]
@@ -154,7 +158,7 @@ class Chunk:
             )
 
     def reset(self) -> None:
-        """Start an episode in every row that has a next goal in the block."""
+        """Start an episode in every row that has a next goal in the block: in all rows or none."""
         goals, first_observations = self._block.next_goals.tolist(), self._block.first_observations
         for row, env in self._rows:
             if goals[row] >= 0:
@@ -165,6 +169,16 @@ class Chunk:
                 first_observations[row] = self._fast.reset(index, goals[row])
                 self._made_progress()
 
+    def restart(self) -> None:
+        """Start an episode, in what the others have left of the horizon, in those rows that have a next goal."""
+        goals, first_observations = self._block.next_goals.tolist(), self._block.first_observations
+        for row, env in self._rows:
+            if goals[row] >= 0:
+                first_observations[row] = env.restart(goals[row])
+        for index, row in enumerate(self._fast_indices.tolist()):
+            if goals[row] >= 0:
+                first_observations[row] = self._fast.restart(index, goals[row])
+
     def step(self) -> None:
         """Take a decision in every row, with the actions in the block, and reset those rows that have a next goal."""
         block = self._block
@@ -172,8 +186,10 @@ class Chunk:
             rows = self._fast_indices
             observations, rewards, successes = self._fast.step(block.actions[rows])
             block.observations[rows], block.rewards[rows], block.successes[rows] = observations, rewards, successes
+            block.unstable[rows] = self._fast.unstable
         for row, env in self._rows:
             block.observations[row], block.rewards[row], block.successes[row], _ = env.step(block.actions[row])
+            block.unstable[row] = env.unstable
             self._made_progress()
         self.reset()
 

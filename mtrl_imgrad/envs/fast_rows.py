@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Float64
 
 from mtrl_imgrad.envs.fast_env import EpisodeStart, FastTask
+from mtrl_imgrad.envs.instability import instability_counts
 from mtrl_imgrad.envs.task_env import RewardVersion
 
 _ORIENTATION = np.array([1.0, 0.0, 1.0, 0.0])
@@ -33,6 +34,9 @@ class FastRows:
         horizon: simulator steps after which the episodes end.
         action_repeat: simulator steps per decision.
         tick: called after every simulator step of all rows.
+
+    Attributes:
+        unstable: bool `[rows]`, in which rows MuJoCo has reset the simulation during the last step.
     """
 
     def __init__(
@@ -64,13 +68,21 @@ class FastRows:
         self._points = [point for env in envs for point in env.points]
         self._gathered = np.empty((count, 5, 3))
         self._simulations = [(env.model, env.simulation, env.frame_skip) for env in envs]
+        self._instabilities = [instability_counts(env.simulation) for env in envs]
+        self._unstable_counts = np.zeros((count, 4), np.int32)
+        self.unstable = np.zeros(count, np.bool_)
         self._inputs = [(env.simulation.mocap_pos, env.simulation.mocap_quat, env.simulation.ctrl) for env in envs]
 
     def reset(self, index: int, goal: int) -> Float64[np.ndarray, "observation=39"]:
         """Start an episode of one row. All rows are reset before the next step."""
+        self._length = 0
+        return self.restart(index, goal)
+
+    def restart(self, index: int, goal: int) -> Float64[np.ndarray, "observation=39"]:
+        """Start an episode of one row, in what the others have left of the horizon."""
         start = self._starts[index] = self._tasks[index].start(self._envs[index], goal)
         self._frames[index] = start.observation[:18]
-        self._length = 0
+        self._instabilities[index][:] = 0
         return start.observation
 
     def step(
@@ -79,7 +91,8 @@ class FastRows:
         """Take one decision in every row: the action is repeated until the episode ends at the latest.
 
         Returns:
-            The last observations, the sums of the rewards, whether any repeated step succeeded.
+            The last observations, the sums of the rewards, whether any repeated step succeeded. All three are worth
+            nothing in rows that are `unstable`.
 
         Raises:
             RuntimeError: the episodes were over before.
@@ -101,6 +114,8 @@ class FastRows:
                 successes[row] = successes[row] or info["success"] == 1.0
             self._length += 1
             self._tick()
+        np.concatenate(self._instabilities, out=self._unstable_counts.reshape(-1))
+        self.unstable = self._unstable_counts.any(axis=1)
         return observations, np.array(totals), np.array(successes, np.bool_)
 
     def _advance(self, shifts: Float32[np.ndarray, "rows 3"], controls: Float64[np.ndarray, "rows 2"]) -> None:

@@ -54,6 +54,9 @@ class MtVecEnv(VecEnv):
     the return `r`, the length in simulator steps `l` and the seconds since construction `t`, as SB3's `Monitor` reports
     them. That is why `env_is_wrapped(Monitor)` is true, and neither `Monitor` nor `VecMonitor` is needed.
 
+    A transition that must not be learned from (see `MetaworldVectorEnv`) comes as it is; SB3's `VecCheckNan` finds it.
+    `step_infos` are the vector env's own infos of the last step.
+
     `seed(s)` restarts all streams from s at the next `reset`. `set_options({"goals": [3, 7]})`, or a list with such a
     dictionary for every row, gives each row its next goals, as `MetaworldVectorEnv.reset` does. `env_method` reaches
     `render`; `get_attr` and `set_attr` reach the attributes of `Row` and any that were set.
@@ -76,6 +79,7 @@ class MtVecEnv(VecEnv):
             task = index // envs.envs_per_task
             name = envs.task_names[task]
             self._rows.append(Row(envs, index, task, name, space, envs.single_action_space, envs.render_mode))
+        self.step_infos: dict[str, Any] = {}
         self._start = time.time()
         super().__init__(envs.num_envs, space, envs.single_action_space)
 
@@ -118,7 +122,9 @@ class MtVecEnv(VecEnv):
                     "l": int(infos["episode_length"][row]),
                     "t": seconds,
                 }
-        return self._with_task(observations), rewards.astype(np.float32), done, row_infos
+        self.step_infos = infos
+        with np.errstate(over="ignore"):  # what is too large for float32 becomes infinite
+            return self._with_task(observations), rewards.astype(np.float32), done, row_infos
 
     def state_dict(self) -> dict[str, Any]:
         """As `MetaworldVectorEnv.state_dict`."""

@@ -17,6 +17,7 @@ _LAYOUT: dict[str, tuple[type, tuple[int, ...]]] = {
     "first_observations": (np.float32, (39,)),
     "rewards": (np.float64, ()),
     "successes": (np.bool_, ()),
+    "unstable": (np.bool_, ()),
 }
 _ALIGNMENT = 64
 
@@ -27,11 +28,13 @@ class Block:
 
     Attributes:
         actions: what to do next.
-        next_goals: index of the goal to reset to, at a reset or after a step; -1 where the episode goes on.
+        next_goals: index of the goal to start with, at a reset, a restart or after a step; -1 where the episode
+            goes on.
         observations: what the step led to.
         first_observations: of the episode that a reset began; not touched where there was none.
         rewards: of the step.
         successes: whether the step succeeded.
+        unstable: whether MuJoCo reset the simulation during the step, so that nothing of it is worth anything.
         progress: per worker, how many rows it has stepped or made. It stands still in a process that hangs.
     """
 
@@ -41,6 +44,7 @@ class Block:
     first_observations: Float32[np.ndarray, "rows 39"]
     rewards: Float64[np.ndarray, " rows"]
     successes: Bool[np.ndarray, " rows"]
+    unstable: Bool[np.ndarray, " rows"]
     progress: Int64[np.ndarray, " workers"]
 
 

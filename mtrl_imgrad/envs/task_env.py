@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -36,12 +37,17 @@ class TaskEnv:
     ) -> None:
         from metaworld.env_dict import ALL_V3_ENVIRONMENTS
 
+        from mtrl_imgrad.envs.instability import instability_counts
+
         self._env = ALL_V3_ENVIRONMENTS[task](reward_function_version=reward)
         self._goals = goals
         self._horizon = horizon
         self._action_repeat = action_repeat
         self.episode_length = 0
         """Simulator steps of the running episode."""
+        self._instabilities = instability_counts(self._env.data)
+        self.unstable = False
+        """Whether MuJoCo has reset the simulation during the last step."""
 
     def simulator(self) -> tuple[Any, Any]:
         """MuJoCo's model and data of this env as they are now, for drawing them."""
@@ -51,7 +57,15 @@ class TaskEnv:
         """Start an episode with the goal of this index. Nothing else in it is random."""
         self._env.set_task(self._goals[goal])
         observation, _ = self._env.reset()
+        self._instabilities[:] = 0
         self.episode_length = 0
+        return observation
+
+    def restart(self, goal: int) -> Float64[np.ndarray, "observation=39"]:
+        """`reset`, but to an episode that has only what is left of the horizon."""
+        length = self.episode_length
+        observation = self.reset(goal)
+        self.episode_length = length
         return observation
 
     def step(
@@ -62,7 +76,7 @@ class TaskEnv:
 
         Returns:
             The last observation, the sum of the rewards, whether any repeated step succeeded, whether the episode is
-            over.
+            over. Where the simulation has become unstable, the sum is NaN and the episode is over.
 
         Raises:
             RuntimeError: the episode was over before.
@@ -76,7 +90,9 @@ class TaskEnv:
             total_reward += float(reward)
             any_success |= bool(info["success"] == 1.0)
             self.episode_length += 1
-        return observation, total_reward, any_success, self.episode_length == self._horizon
+        self.unstable = bool(self._instabilities.any())
+        over = self.unstable or self.episode_length == self._horizon
+        return observation, math.nan if self.unstable else total_reward, any_success, over
 
     def close(self) -> None:
         self._env.close()

@@ -21,7 +21,7 @@ from jaxtyping import Bool, Float32, Float64, UInt8
 from mtrl_imgrad.envs import channel as messages
 from mtrl_imgrad.envs.chunk import MetaworldRows, RowMaker, RowSettings, chunk_specs
 from mtrl_imgrad.envs.dealing import deal, default_workers
-from mtrl_imgrad.envs.episode_script import EpisodeScript, actions_of
+from mtrl_imgrad.envs.episode_script import EpisodeScript, steps_of
 from mtrl_imgrad.envs.goal_schedule import GoalSchedule, Seeding
 from mtrl_imgrad.envs.goals import Goals
 from mtrl_imgrad.envs.task_env import RewardVersion
@@ -73,8 +73,14 @@ class MetaworldVectorEnv(VectorEnv):
     Observations are Meta-World's 39 numbers (18 now, the 18 of the step before, 3 for the goal) in float32, without a
     task one-hot. Meta-World's own bounds of them are wrong, so the space is unbounded. Rewards are float64.
     `terminated` is never true: Meta-World does not end an episode on success. `truncated` is true at the horizon; on
-    that step the returned observation is the first of the next episode. The infos of a step are arrays over the rows,
-    present at every step and filled in every row:
+    that step the returned observation is the first of the next episode.
+
+    A row is also truncated where its reward or observation is not finite, or where its simulation has become unstable
+    and MuJoCo has therefore put it back to its initial state. Such a transition must not be learned from: its reward is
+    NaN, or its reward or `final_obs` is what was not finite. The row starts over with the same goal, in what is left
+    of the horizon: rows go on ending together, and no stream is drawn from. Other rows notice nothing.
+
+    The infos of a step are arrays over the rows, present at every step and filled in every row:
 
     * `final_obs` float32 `[rows, 39]`: the observation that this step led to, before any autoreset, so the next
       observation of every transition. Where `_final_obs` (bool, equal to `truncated`) is true it is the episode's last
@@ -82,7 +88,9 @@ class MetaworldVectorEnv(VectorEnv):
     * `success` bool: whether the episode this step belongs to has succeeded so far; on its last step, whether it
       succeeded.
     * `goal` int64: the index of that episode's goal.
-    * `episode_return` float64, `episode_length` int64 (simulator steps): of that episode so far.
+    * `episode_return` float64, `episode_length` int64 (simulator steps): of that episode so far. Return and success are
+      without a last step that must not be learned from.
+    * `unstable` bool: whether the simulation has become unstable in this step.
 
     The infos of `reset` hold `goal` only. Streams of random numbers choose the goal of each episode and nothing else
     (`GoalSchedule`).
@@ -170,6 +178,8 @@ class MetaworldVectorEnv(VectorEnv):
         self._success = np.zeros(self.num_envs, np.bool_)
         self._episode_return = np.zeros(self.num_envs, np.float64)
         self._length = 0  # of the episodes of all rows, in simulator steps: they begin and end together
+        self._begun = np.zeros(self.num_envs, np.int64)  # the length at which a row has started over
+        self._to_restart: list[int] = []  # rows that start over after this step whatever it gives
         self._script = EpisodeScript()
         self._pool = share._pool if share else _make_pool(self.task_names, workers, maker)
         settings = RowSettings(horizon, reward, action_repeat, fast, self_check)
@@ -246,18 +256,33 @@ class MetaworldVectorEnv(VectorEnv):
         self._stepping = False
         ended = self._length == self._horizon
         final_obs, rewards = self._block.observations.copy(), self._block.rewards.copy()
-        self._success |= self._block.successes
-        self._episode_return += rewards
+        unstable = self._block.unstable.copy()
+        broken = self._broken(rewards, final_obs, unstable)
+        some_broken = broken.any()
+        if some_broken:
+            rewards[unstable] = np.nan
+            self._success |= self._block.successes & ~broken
+            self._episode_return += np.where(broken, 0.0, rewards)
+        else:
+            self._success |= self._block.successes
+            self._episode_return += rewards
+        truncated = broken | ended
         infos = {
             "final_obs": final_obs,
-            "_final_obs": np.full(self.num_envs, ended),
+            "_final_obs": truncated.copy(),
             "success": self._success.copy(),
             "goal": self._goal.copy(),
             "episode_return": self._episode_return.copy(),
-            "episode_length": np.full(self.num_envs, self._length),
+            "episode_length": self._length - self._begun,
+            "unstable": unstable,
         }
-        observations = self._begin_episodes() if ended else final_obs.copy()
-        return observations, rewards, np.zeros(self.num_envs, np.bool_), np.full(self.num_envs, ended), infos
+        if ended:
+            observations = self._begin_episodes()
+        else:
+            observations = final_obs.copy()
+            if some_broken:
+                observations[broken] = self._restart(broken)
+        return observations, rewards, np.zeros(self.num_envs, np.bool_), truncated, infos
 
     def step(self, actions: Float32[np.ndarray, "rows 4"]) -> StepResult:
         """`step_async` and `step_wait` in one call."""
@@ -286,14 +311,16 @@ class MetaworldVectorEnv(VectorEnv):
         for name, own in (("tasks", list(self.task_names)), ("envs_per_task", self.envs_per_task)):
             if entry(state, name, type(own)) != own:
                 raise ValueError(f"{name}: the state has {state[name]}, this env has {own}")
-        start, script = entry(state, "start", dict), actions_of(state, self.num_envs)
+        start, script = entry(state, "start", dict), steps_of(state, self.num_envs)
         goals = rows_of(start, "goal", self.num_envs, self._num_goals)
         if len(script) * self._action_repeat >= self._horizon:
             raise ValueError(f"'actions' are {len(script)}, and an episode has {self._horizon} steps")
         self._schedule.load_state_dict(entry(start, "schedule", dict))
         observations, infos = self._start_all(goals)
-        for actions in script:
+        for actions, rows in script:
+            self._to_restart = rows
             observations = self.step(actions)[0]
+        self._to_restart = []
         return observations, infos
 
     def render(self) -> tuple[UInt8[np.ndarray, "height width rgb=3"], ...]:
@@ -344,8 +371,33 @@ class MetaworldVectorEnv(VectorEnv):
         self._success.fill(False)
         self._episode_return.fill(0.0)
         self._length = 0
+        self._begun.fill(0)
         self._script.begin({"goal": self._goal.tolist(), "schedule": self._schedule.state_dict()})
         return self._block.first_observations.copy()
+
+    def _broken(
+        self,
+        rewards: Float64[np.ndarray, " rows"],
+        observations: Observations,
+        unstable: Bool[np.ndarray, " rows"],
+    ) -> Bool[np.ndarray, " rows"]:
+        """The rows that have to start over."""
+        finite = np.isfinite(rewards).all() and np.isfinite(observations).all()
+        if finite and not unstable.any() and not self._to_restart:  # on whole arrays, which costs microseconds
+            return np.zeros(self.num_envs, np.bool_)
+        broken = unstable | ~np.isfinite(rewards) | ~np.isfinite(observations).all(axis=1)
+        broken[self._to_restart] = True
+        return broken
+
+    def _restart(self, rows: Bool[np.ndarray, " rows"]) -> Float32[np.ndarray, "broken 39"]:
+        """Let these rows start over with their goals; their first observations."""
+        self._block.next_goals[:] = np.where(rows, self._goal, -1)
+        with self._whole_or_reset():
+            self._section.start(messages.RESTART)
+            self._section.wait()
+        self._success[rows], self._episode_return[rows], self._begun[rows] = False, 0.0, self._length
+        self._script.restart(np.flatnonzero(rows).tolist())
+        return self._block.first_observations[rows]
 
     @contextlib.contextmanager
     def _whole_or_reset(self) -> Iterator[None]:

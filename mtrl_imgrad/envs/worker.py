@@ -46,6 +46,8 @@ def serve(channel: Channel, parent: int) -> None:
                 chunks[section].step()
             elif kind == messages.RESET:
                 chunks[section].reset()
+            elif kind == messages.RESTART:
+                chunks[section].restart()
             elif kind == messages.DRAW:
                 answer = _picture(chunks[section], *pickle.loads(payload))
             elif kind == messages.CLOSE:

@@ -220,7 +220,7 @@ class WorkerSection:
         self._number = number
 
     def start(self, kind: bytes) -> None:
-        """Let all workers step or reset."""
+        """Let all workers step, reset or restart."""
         for index in range(len(self.pool.workers)):
             self.pending.append(index)
             self.pool.ask(index, kind, self._number)
@@ -284,8 +284,13 @@ class LocalSection:
 
     def wait(self) -> None:
         kind, self._kind = self._kind, b""
+        does = {
+            messages.STEP: self._chunk.step,
+            messages.RESET: self._chunk.reset,
+            messages.RESTART: self._chunk.restart,
+        }
         if kind:
-            (self._chunk.step if kind == messages.STEP else self._chunk.reset)()
+            does[kind]()
 
     def draw(self, task: str, row: int, camera: str, width: int, height: int) -> UInt8[np.ndarray, "height width 3"]:
         return self._chunk.draw(row, camera, width, height)

@@ -216,6 +216,7 @@ def test_spaces_and_dtypes(make_env):
         "goal": (np.int64, (2,)),
         "episode_return": (np.float64, (2,)),
         "episode_length": (np.int64, (2,)),
+        "unstable": (np.bool_, (2,)),
     }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from typing import Any
 
+import mujoco
 import numpy as np
 import pytest
 from gymnasium.wrappers.vector import DictInfoToList, RecordEpisodeStatistics
@@ -21,6 +22,7 @@ class ScriptedEnv:
 
     def __init__(self, reward_function_version):
         self.steps = 0
+        self.data = mujoco.MjData(mujoco.MjModel.from_xml_string("<mujoco/>"))
 
     def set_task(self, task):
         self.goal = pickle.loads(task.data)["rand_vec"][0]

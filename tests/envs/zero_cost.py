@@ -21,12 +21,16 @@ class ZeroCostRow:
     def __init__(self, settings: RowSettings) -> None:
         self.horizon, self.steps = settings.horizon, 0
         self.observation = np.zeros(39)
+        self.unstable = False
 
     def reset(self, goal):
         self.steps = 0
         self.observation = np.zeros(39)
         self.observation[:3] = goal, 0, os.getpid()
         return self.observation
+
+    def restart(self, goal):
+        return self.reset(goal)
 
     def step(self, action):
         self.steps += 1
@@ -81,6 +85,31 @@ class Hanging(ZeroCost):
 class Failing(ZeroCost):
     def go_wrong(self):
         raise ArithmeticError("the simulator\nhas exploded")
+
+
+class Spoiling(ZeroCost):
+    """In that step, the reward or an entry of the observation is what is given, or the simulation is unstable."""
+
+    def __init__(self, what: str, value: float = 0.0):
+        super().__init__()
+        self.what, self.value = what, value
+
+    def row(self, task: str, goals: Goals, settings: RowSettings):
+        row = super().row(task, goals, settings)
+        step = row.step
+        if task != "push-v3":
+            return row
+
+        def spoiled(action):
+            observation, reward, success, over = step(action)
+            wrong = row.steps == WRONG_STEP
+            row.unstable = wrong and self.what == "simulation"
+            if wrong and self.what == "observation":
+                observation = np.append(observation[:-1], self.value)
+            return observation, self.value if wrong and self.what == "reward" else reward, success, over
+
+        row.step = spoiled
+        return row
 
 
 class NeverMade(ZeroCost):
