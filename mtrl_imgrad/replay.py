@@ -66,7 +66,7 @@ class Replay:
     ) -> None:
         self.length, self.tasks, self.envs_per_task = capacity // envs_per_task, tasks, envs_per_task
         self.gamma, self.n_step, self.device = gamma, n_step, device
-        self.written = 0
+        self.written = self.held_back = 0  # vector steps stored, and those before them of which nothing was
         lead = (self.length, tasks, envs_per_task)
         self.bytes = self.length * tasks * envs_per_task * (4 * (2 * observation_size + action_size + 1) + 3)
         free = free_memory(device)
@@ -121,6 +121,7 @@ class Replay:
             self.ended[at] |= broken
             self.repeated[at] = broken
         else:
+            self.held_back += 1
             return
         self.written += 1
 

@@ -218,7 +218,8 @@ class Run:
         """Write a checkpoint, from which a resume gives the same numbers as going on. One that is required raises an
         OSError where it cannot be written; another is skipped with a warning."""
         blocks = ring_blocks.blocks("replay", self.replay.rings(), self.replay.written)
-        counts = {"written": self.replay.written, "left_out": self.faults.count}
+        replay = self.replay
+        counts = {"written": replay.written, "held_back": replay.held_back, "left_out": self.faults.count}
         state = self._description() | counts | {"envs": self.envs.state_dict()}
         self.output.save(step, state, {name: part.state_dict for name, part in self._saved().items()}, blocks, required)
 
@@ -240,8 +241,11 @@ class Run:
             check_same(state, self._description())
             for name, part in self._saved().items():
                 part.load_state_dict(checkpoint.part(name, self.device))
-            self.replay.written = count(state, "written", checkpoint.step // self.config.vector_step)
+            self.replay.written = count(state, "written")
+            self.replay.held_back = count(state, "held_back")
             self.faults.count = count(state, "left_out")
+            if (self.replay.written + self.replay.held_back) * self.config.vector_step != checkpoint.step:
+                raise ValueError(f"'written' is {self.replay.written}, which is not that of step {checkpoint.step}")
             stored = (checkpoint.part(name, CPU) for name in checkpoint.blocks("replay"))
             ring_blocks.fill(self.replay.rings(), self.replay.written, stored)
             first, _ = self.envs.load_state_dict(entry(state, "envs", dict))

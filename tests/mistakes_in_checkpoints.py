@@ -110,10 +110,18 @@ ENVS: dict[tuple[Any, ...], tuple[object, ...]] = {
     ("start", "schedule", "queues"): (MISSING, None, [], {}, [3], [[50]], [[-1]], [["x"]], [[0.0]], [[]] * 2),
     ("actions",): (MISSING, None, "ab", {}, [3], [None], ["zz"], ["00"], ["0000c07f" * 4], ["00" * 12],
                    ["00" * 16] * 3, ["\x1b[31m"]),
+    ("restarts",): (MISSING, None, {}, 3, [3], [[0]], [[9, [0]]], [[-1, [0]]], [["0", [0]]], [[0, [1]]], [[0, [-1]]],
+                    [[0, [0.0]]], [[0, 0]], [[0, [0], 1]]),
 }  # fmt: skip
-MTSAC = {("written",): (*NO_NUMBERS, 0, 3, 5)} | {("envs", *path): values for path, values in ENVS.items()}
+MTSAC = {
+    ("written",): (*NO_NUMBERS, 0, 3, 5),
+    ("held_back",): (*NO_NUMBERS, 1),
+    ("left_out",): NO_NUMBERS,
+} | {("envs", *path): values for path, values in ENVS.items()}
 BASELINE = {
     ("models",): (*NO_OBJECTS, [3], [{}]),
+    ("left_out",): NO_NUMBERS,
+    ("models", 0, "held_back"): (*NO_NUMBERS, 1),
     ("models", 0, "timesteps"): (*NO_NUMBERS, 0, 3, 5),
     ("models", 0, "updates"): NO_NUMBERS,
     ("models", 0, "position"): (*NO_NUMBERS, 3, 5),

@@ -23,6 +23,8 @@ class PointRow:
     """A point on a plane that the action accelerates. Observation: its position and the goal's, over and over. Reward:
     minus the distance."""
 
+    unstable = False
+
     def __init__(self, goals: np.ndarray, settings: RowSettings) -> None:
         self.goals, self.horizon, self.repeat = goals, settings.horizon, settings.action_repeat
 
@@ -30,6 +32,11 @@ class PointRow:
         self.goal, self.steps = self.goals[goal, :2], 0
         self.position, self.velocity = np.zeros(2), np.zeros(2)
         return self.observe()
+
+    def restart(self, goal: int) -> np.ndarray:
+        steps, observation = self.steps, self.reset(goal)
+        self.steps = steps
+        return observation
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool]:
         reward, success = 0.0, False

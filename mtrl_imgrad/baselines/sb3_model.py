@@ -80,10 +80,10 @@ class FiniteReplayBuffer(ReplayBuffer):
     `Replay`. Where there is none yet, nothing is stored of the whole vector step.
 
     Attributes:
-        written: slots written so far, over all laps.
+        held_back: vector steps of which nothing is stored, all before the first slot.
     """
 
-    written = 0
+    held_back = 0
 
     def add(
         self,
@@ -95,21 +95,21 @@ class FiniteReplayBuffer(ReplayBuffer):
         infos: list[dict[str, Any]],
     ) -> None:
         rows = [row for row, info in enumerate(infos) if "broken" in info]
-        if rows and not self.written:
+        if rows and not self.size():
+            self.held_back += 1
             return
         before, at = self.pos - 1, self.pos
         kept = {name: getattr(self, name)[before, rows].copy() for name in STORED} if rows else {}
         super().add(obs, next_obs, action, reward, done, infos)
         for name, values in kept.items():
             getattr(self, name)[at, rows] = values
-        self.written += 1
 
     def sample(self, batch_size: int, env: VecNormalize | None = None) -> Any:
         """
         Raises:
             NonFiniteError: nothing is stored.
         """
-        if not self.written:
+        if not self.size():
             raise NonFiniteError(
                 "the first update has nothing to learn from: every vector step had a number not finite."
             )
@@ -288,7 +288,12 @@ class Sb3Model:
     @property
     def written(self) -> int:
         """Slots of the replay buffer written so far, over all laps."""
-        return self._buffer().written
+        return self.vector_steps - self._buffer().held_back
+
+    @property
+    def vector_steps(self) -> int:
+        """Vector steps taken so far."""
+        return self.sac.num_timesteps // self.envs.num_envs
 
     def counters(self) -> dict[str, Any]:
         """Everything that is not a tensor, as JSON keeps it."""
@@ -298,7 +303,7 @@ class Sb3Model:
             "updates": self.sac._n_updates,
             "position": buffer.pos,
             "full": buffer.full,
-            "written": buffer.written,
+            "held_back": buffer.held_back,
             "action_space": self.envs.action_space.np_random.bit_generator.state,
             "losses": {"count": self.losses.count, "sums": dict(self.losses.sums)},
             "envs": self.envs.state_dict(),
@@ -312,8 +317,8 @@ class Sb3Model:
         """
         buffer, losses = self._buffer(), entry(state, "losses", dict)
         self.sac.num_timesteps, self.sac._n_updates = count(state, "timesteps"), count(state, "updates")
-        buffer.written = count(state, "written", self.sac.num_timesteps // self.envs.num_envs)
-        full, position = divmod(buffer.written, buffer.buffer_size)
+        buffer.held_back = count(state, "held_back")
+        full, position = divmod(self.written, buffer.buffer_size)
         check_same(state, {"position": position, "full": full > 0})
         buffer.pos, buffer.full = position, full > 0
         restore_stream(self.envs.action_space.np_random, entry(state, "action_space", dict))

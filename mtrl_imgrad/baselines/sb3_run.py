@@ -214,7 +214,8 @@ class Sb3Run:
         with checkpoint.taken():
             state, models = checkpoint.state(), len(self.models)
             check_same(state, self._description())
-            counters, self.faults.count = entry(state, "models", list), count(state, "left_out")
+            counters = entry(state, "models", list)
+            self.faults.count = count(state, "left_out")
             learner, generators, rewards = (
                 _split(checkpoint.part(part, CPU), models) for part in ("learner", "generators", "rewards")
             )
@@ -223,7 +224,7 @@ class Sb3Run:
             for number, model in enumerate(self.models):
                 model.load_networks(learner[number])
                 model.load_counters(counters[number])
-                if model.sac.num_timesteps != checkpoint.step // self.config.vector_step * model.envs.num_envs:
+                if model.vector_steps * self.config.vector_step != checkpoint.step:
                     raise ValueError(f"'timesteps' are not those of step {checkpoint.step}")
                 stored = (checkpoint.part(name, CPU) for name in checkpoint.blocks(f"replay-{number}"))
                 ring_blocks.fill(model.rings(), model.written, stored)

@@ -33,7 +33,9 @@ class EpisodeScript:
         self.actions.append(actions.copy())
 
     def restart(self, rows: list[int]) -> None:
-        """These rows have started over after the last actions."""
+        """These rows have started over after the last actions. What they did does not matter; it may not have been
+        finite."""
+        self.actions[-1][rows] = 0.0
         self.restarts.append((len(self.actions) - 1, rows))
 
     def state_dict(self) -> dict[str, Any]:
@@ -54,10 +56,16 @@ def steps_of(state: dict[str, Any], rows: int) -> list[tuple[Float32[np.ndarray,
         raise ValueError("'actions' must be texts") from error
     if not all(np.isfinite(actions).all() for actions in found):
         raise ValueError("'actions' must be finite")
-    restarts: dict[int, list[int]] = {}
+    return list(zip(found, _restarts_of(state, rows, len(found)), strict=True))
+
+
+def _restarts_of(state: dict[str, Any], rows: int, steps: int) -> list[list[int]]:
+    """For each step, the rows that started over after it."""
+    after: list[list[int]] = [[] for _ in range(steps)]
     for restart in entry(state, "restarts", list):
-        after, which = restart if isinstance(restart, list) and len(restart) == 2 else (-1, [])
-        if not are_indices([after], len(found)) or not are_indices(which, rows):
-            raise ValueError("'restarts' must be pairs of an index of the actions and a list of rows")
-        restarts[after] = which
-    return [(actions, restarts.get(index, [])) for index, actions in enumerate(found)]
+        if not (isinstance(restart, list) and len(restart) == 2 and are_indices(restart[:1], steps)):
+            raise ValueError(f"'restarts' must each have one of the {steps} steps and a list of rows")
+        if not are_indices(restart[1], rows):
+            raise ValueError(f"'restarts' must have rows from 0 to {rows - 1}")
+        after[restart[0]] = restart[1]
+    return after
