@@ -199,13 +199,17 @@ def _ratio(of: Trend) -> float:
     return of.medians[-1] / of.medians[0]
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--minutes", type=float, default=60.0)
+    made.add_argument("--warm-up", type=float, default=10.0, help="minutes at the start that are left out")
+    made.add_argument("--flags", default=FLAGS, help="of `mtrl-imgrad train`")
+    made.add_argument("--out", type=Path, required=True, help="folder for samples.csv and soak.md")
+    return made
+
+
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60.0)
-    parser.add_argument("--warm-up", type=float, default=10.0, help="minutes at the start that are left out")
-    parser.add_argument("--flags", default=FLAGS, help="of `mtrl-imgrad train`")
-    parser.add_argument("--out", type=Path, required=True, help="folder for samples.csv and soak.md")
-    options = parser.parse_args()
+    options = parser().parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     place = Path(tempfile.mkdtemp())
     try:
