@@ -33,7 +33,7 @@ class FastRows:
         reward: version of Meta-World's reward function.
         horizon: simulator steps after which the episodes end.
         action_repeat: simulator steps per decision.
-        tick: called after every simulator step of all rows.
+        tick: called when a row is made, and after every simulator step of all rows.
 
     Attributes:
         unstable: bool `[rows]`, in which rows MuJoCo has reset the simulation during the last step.
@@ -48,7 +48,10 @@ class FastRows:
         tick: Callable[[], None] = lambda: None,
     ) -> None:
         self._tasks = list(tasks)
-        self._envs: list[Any] = [task.make(reward) for task in tasks]
+        self._envs: list[Any] = []
+        for task in tasks:
+            self._envs.append(task.make(reward))
+            tick()
         self._starts: list[EpisodeStart | None] = [None] * len(tasks)
         self._horizon, self._action_repeat = horizon, action_repeat
         self._length = horizon

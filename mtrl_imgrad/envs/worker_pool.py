@@ -173,7 +173,8 @@ class WorkerPool:
         finally:
             os.close(descriptor)
         section.pending = list(range(len(specs)))
-        section.warnings += [line for answer in section.wait() for line in pickle.loads(answer)]
+        answers = section.wait(START_SECONDS)  # models are read from a disk and compiled, on cores that others may use
+        section.warnings += [line for answer in answers for line in pickle.loads(answer)]
         return section
 
     def ask(self, index: int, kind: bytes, section: int, payload: bytes = b"", descriptor: int | None = None) -> None:
@@ -225,15 +226,18 @@ class WorkerSection:
             self.pending.append(index)
             self.pool.ask(index, kind, self._number)
 
-    def wait(self) -> list[bytes]:
+    def wait(self, patience: int = HANG_SECONDS) -> list[bytes]:
         """Until all have done so.
+
+        Args:
+            patience: seconds without progress after which a worker has hung.
 
         Raises:
             WorkerError: one has failed, died or hung. All have been ended.
         """
         answers = []
         while self.pending:
-            answers.append(self.pool.answer(self.pending[0], self._number, self.block))
+            answers.append(self.pool.answer(self.pending[0], self._number, self.block, patience))
             del self.pending[0]
         return answers
 

@@ -259,6 +259,10 @@ class TestFailures:
         with pytest.raises(WorkerError, match=r"worker 0 .*\nLookupError: no model for"):
             make_env(zero_cost.NeverMade)
 
+    def test_a_worker_that_takes_long_to_make_its_rows_has_not_hung(self, make_env):
+        """Also after the first rows: a model may come from a slow disk, to a busy core."""
+        make_env(zero_cost.SlowlyMade, workers=1).reset()
+
     def test_a_stopped_worker_counts_as_hanging(self, make_env):
         env = make_env()
         env.reset()

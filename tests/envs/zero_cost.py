@@ -10,6 +10,7 @@ import numpy as np
 
 from mtrl_imgrad.envs.chunk import RowSettings
 from mtrl_imgrad.envs.goals import Goals
+from mtrl_imgrad.envs.worker_pool import HANG_SECONDS
 
 WRONG_STEP = 3
 """The step in which something goes wrong."""
@@ -115,6 +116,13 @@ class Spoiling(ZeroCost):
 class NeverMade(ZeroCost):
     def row(self, task, goals, settings):
         raise LookupError(f"no model for {task}")
+
+
+class SlowlyMade(ZeroCost):
+    def row(self, task, goals, settings):
+        if task == "push-v3":
+            time.sleep(HANG_SECONDS + 2)
+        return super().row(task, goals, settings)
 
 
 class Warning_(ZeroCost):  # noqa: N801  (`Warning` is Python's)
