@@ -297,7 +297,7 @@ TENSORS = {
     "episodes": "ended",
     "cosines": "count gradients/actor/cosine gradients/critic/cosine",
     "averages": "count train/q_mean",
-    "replay": "observations other_next_observations actions rewards terminated ended",
+    "replay": "observations other_next_observations actions rewards terminated ended repeated",
 }
 
 
@@ -339,7 +339,11 @@ def last_action(state: dict[str, Any]) -> None:
     state["envs"]["actions"][-1] = "0000803f" + state["envs"]["actions"][-1][8:]  # 1.0
 
 
-@pytest.mark.parametrize("alter", [first_goal, goal_stream, last_action], ids=lambda alter: alter.__name__)
+def a_restart(state: dict[str, Any]) -> None:
+    state["envs"]["restarts"] = [[len(state["envs"]["actions"]) - 1, [0]]]
+
+
+@pytest.mark.parametrize("alter", [first_goal, goal_stream, last_action, a_restart], ids=lambda alter: alter.__name__)
 def test_one_number_of_the_running_episodes_has_consequences(tmp_path, straight, cut, alter):
     folder = resume_altered(cut, tmp_path / "run", lambda state, groups: alter(state))
     assert {"replay/observations", "learner/critic", "progress.csv"} <= differences(folder, straight(watchful()))

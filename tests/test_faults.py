@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from mtrl_imgrad.aggregators import Mean
 from mtrl_imgrad.config import CheckpointConfig, EnvsConfig, EvalConfig, LogConfig, NetworkConfig, Sb3Config
 from mtrl_imgrad.evaluation import evaluate
 from mtrl_imgrad.faults import Faults, Transitions
-from mtrl_imgrad.learner import NonFiniteError
+from mtrl_imgrad.learner import Learner, NonFiniteError
 from mtrl_imgrad.rewards import RewardNormalizer
 from mtrl_imgrad.run import Run
 from mtrl_imgrad.trainer import run_training
@@ -146,6 +147,36 @@ class TestSkip:
         for group, tensors in ours.items():
             for name, tensor in tensors.items():
                 assert torch.equal(tensor, theirs[group][name]), f"{group}: {name}"
+
+
+@pytest.mark.parametrize("policy", ["raise", "skip"])
+@pytest.mark.parametrize("algorithm", ["sb3-sac", "sb3-sac-single"])
+def test_a_loss_of_sb3s_that_is_not_finite_ends_the_run_whatever_the_policy(tmp_path, algorithm, policy):
+    """The reward is finite and its square is not; SB3 has stepped by the time that it tells."""
+    world = partial(make_world, constant_reward=3e19)
+    config = short_config(tmp_path / "run", policy, algorithm, envs=EnvsConfig(horizon=10))
+    with pytest.raises(NonFiniteError, match=r"^train/critic_loss of stable-baselines3's SAC is inf\.$"):
+        train(config, make_world=world)
+
+
+def test_an_action_that_is_not_finite_is_left_out_and_the_run_can_be_resumed(tmp_path, monkeypatch, capsys):
+    """In its own row, at step 35 of 37: the checkpoint is inside of the episode that started over."""
+    act, calls = Learner.act, [0]
+
+    def broken(learner, observations, noise):
+        calls[0] += 1
+        actions = act(learner, observations, noise)
+        actions[2] = torch.nan if calls[0] == 15 else actions[2]
+        return actions
+
+    monkeypatch.setattr(Learner, "act", broken)
+    half = short_config(tmp_path / "run")
+    train(replace(half, sac=replace(half.sac, steps=37)), make_world=make_world)
+    assert "west, environment 0, goal" in (said := capsys.readouterr().out)
+    assert "step 5: the policy's action is not finite" in said
+    assert saved(tmp_path / "run")["replay"]["repeated"].nonzero().tolist() == [[34, 2, 0]]
+    train(half, resume=tmp_path / "run", make_world=make_world)
+    assert_all_finite(saved(tmp_path / "run"))
 
 
 class TestReplay:
