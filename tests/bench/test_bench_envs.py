@@ -65,7 +65,7 @@ def test_json_has_every_round_and_what_it_was_measured_on():
     ("flags", "message"),
     [
         ("--steps 750", "steps: 750 is neither between 1 and 500 nor a multiple of 500"),
-        ("--repeats 0", "repeats: 0 is less than 1"),
+        ("--repeats 0", "repeats: 0 is not between 1 and 100000"),
         ("--options fastest", "options: there is no 'fastest'; there are 'metaworld sync', "),
         ("--benchmark mt20", "--benchmark"),
         ("--json nowhere/figures.json", "json: there is no folder nowhere"),

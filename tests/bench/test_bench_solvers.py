@@ -137,7 +137,7 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
     ("flags", "message"),
     [
         ("--tasks 1", "tasks: '1' is not allowed"),
-        ("--repeats 0", "repeats: 0 is less than 1"),
+        ("--repeats 0", "repeats: 0 is not between 1 and 100000"),
         ("--steps 3", "--steps"),
         ("--json nowhere/figures.json", "json: there is no folder nowhere"),
     ],

@@ -265,9 +265,9 @@ def test_the_command_measures_and_writes(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ("--repeats 0", "repeats: 0 is less than 1"),
-        ("--batch-per-task 0", "batch_per_task: 0 is less than 1"),
-        ("--threads -1", "threads: -1 is less than 0"),
+        ("--repeats 0", "repeats: 0 is not between 1 and 100000"),
+        ("--batch-per-task 0", "batch_per_task: 0 is not between 1 and 1048576"),
+        ("--threads -1", "threads: -1 is not between 0 and 1024"),
         ("--aggregator", "aggregator: at least one is needed"),
         ("--mode", "mode: at least one is needed"),
         ("--aggregator imgard", "aggregator: got 'imgard'; did you mean 'imgrad'?"),
