@@ -77,8 +77,10 @@ class Checkpoint:
         """The tensors of one file, given without its suffix.
 
         Raises:
-            ValueError: it is not there, or is not safetensors.
+            ValueError: it is not there, is not in the manifest, or is not safetensors.
         """
+        if f"{name}.safetensors" not in self.files:
+            raise ValueError(f"{name}.safetensors is not in its manifest")
         try:
             return load_file(self.place / f"{name}.safetensors", device=str(device))
         except (OSError, ValueError, SafetensorError) as error:
@@ -127,7 +129,7 @@ def save_checkpoint(
     """
     place = folder / "checkpoints" / name
     beside = place.with_suffix(".tmp")
-    shutil.rmtree(beside, ignore_errors=True)
+    remove(beside)
     try:
         beside.mkdir(parents=True)
         files = {"state.json": _write(beside / "state.json", json.dumps(state).encode())}
@@ -179,6 +181,7 @@ def read_manifest(place: Path) -> Checkpoint:
         plain = {name: {"size": int(file["size"]), "sha256": str(file["sha256"])} for name, file in files.items()}
         named = type(step) is int and (place.stem == "best" or place.stem == step_name(step))
         allowed = all(FILE_NAME.fullmatch(name) for name in plain)
+        allowed &= resumable is True or not any(name.startswith(REPLAY) for name in plain)
         if not (named and allowed and "state.json" in plain):
             raise ValueError
     except (AttributeError, KeyError, OverflowError, TypeError, ValueError):
@@ -221,6 +224,8 @@ def drop_replay(checkpoint: Checkpoint) -> None:
 def remove(place: Path) -> None:
     """Remove a checkpoint's folder. It is renamed first, so that nobody takes what is left of it for a damaged one."""
     gone = place.with_suffix(".tmp")
+    if gone.is_file():
+        gone.unlink()
     if place != gone and place.exists():
         shutil.rmtree(gone, ignore_errors=True)
         os.replace(place, gone)

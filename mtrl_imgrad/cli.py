@@ -57,7 +57,10 @@ def command_train(arguments: Sequence[str]) -> int:
         try:
             loop(run)
         except Stopped as stop:
-            print(f"{PROGRAM}: stopped; go on with --resume {shlex.quote(str(run.folder))}", file=sys.stderr)
+            how = f"go on with --resume {shlex.quote(str(run.folder))}"
+            if not config.checkpoint.replay:
+                how = "without the replay (checkpoint.replay False) it cannot go on"
+            print(f"{PROGRAM}: stopped; {how}", file=sys.stderr)
             return 128 + stop.number
     return 0
 

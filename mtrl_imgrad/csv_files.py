@@ -23,16 +23,20 @@ def is_step(text: str) -> bool:
 
 
 def read_rows(path: Path) -> list[list[str]]:
-    """Header and rows of a table; none where there is no file, and without a last row that is not whole.
+    """Header and rows of a table; none where there is no file, and without what follows the last whole row: a killed
+    process leaves half a row there, a power cut zeros.
 
     Raises:
         ValueError: it is not a table, or its first column is not a whole number.
     """
     try:
-        text = path.read_bytes().decode()
-        lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
-        whole = [line for line in lines if len(line) == len(lines[0])]
-        if text and (not whole or "\0" in text or not all(is_step(line[0]) for line in whole[1:])):
+        content = path.read_bytes()
+        text = content[: content.rfind(b"\n") + 1].decode()
+        lines = list(csv.reader(io.StringIO(text, newline="")))
+        whole = [line for number, line in enumerate(lines, 1) if len(line) == len(lines[0]) or number < len(lines)]
+        if content and (not whole or "\0" in text or {len(line) for line in whole} != {len(lines[0])}):
+            raise ValueError
+        if not all(is_step(line[0]) for line in whole[1:]):
             raise ValueError
     except FileNotFoundError:
         return []

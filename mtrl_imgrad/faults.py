@@ -7,7 +7,7 @@ it over). Under `sac.nan_policy: raise` the first one ends the run; under `skip`
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,7 @@ class Transitions:
     Attributes:
         tasks: of the env, in its order.
         actions: that were taken.
-        rewards: for them, as they are to be stored.
+        rewards: for them, as the env gave them.
         final_observations: that they led to, before any autoreset.
         infos: of the step: `goal`, `episode_length`, and `unstable` where the env knows of it.
     """
@@ -123,6 +123,26 @@ class Faults:
             raise NonFiniteError(f"{faults[0]}. sac.nan_policy skip would have left it out and gone on.")
         self.count += len(faults)
         self._new += faults
+
+    def sift(
+        self, transitions: Transitions, normalize: Callable[[Float[np.ndarray, " rows"]], Float[np.ndarray, " rows"]]
+    ) -> tuple[Float[np.ndarray, " rows"], Bool[np.ndarray, " rows"]]:
+        """Take those that are worth nothing before anything else sees them.
+
+        Args:
+            transitions: one vector step.
+            normalize: of rewards; it is given NaN for what must stay out of its statistics.
+
+        Returns:
+            Rewards to store, 0 where nothing is to be stored, and where that is.
+
+        Raises:
+            NonFiniteError: there is one, and the policy is `raise`.
+        """
+        rewards = normalize(np.where(transitions.broken(), np.nan, transitions.rewards))
+        broken = ~storable(rewards)
+        self.take(transitions.faults(broken))
+        return np.where(broken, 0.0, rewards), broken
 
     def told(self) -> str | None:
         """One line on those since the last call."""

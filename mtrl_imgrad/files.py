@@ -76,16 +76,18 @@ def read_json(path: Path) -> Any:
 
 
 def refuse_ways_out(folder: Path) -> None:
-    """Refuse a run folder in which a link leads out of it: what is read would be foreign, what is written would be
-    lost there.
+    """Refuse a run folder in which a link leads out of it, or nowhere: what is read would be foreign, what is written
+    would be lost there. What is neither a file nor a folder is refused too, since who opens a pipe waits for ever.
 
     Raises:
-        ValueError: it names the link.
+        ValueError: it names the path.
     """
-    inside = folder.resolve()
+    inside = Path(os.path.realpath(folder))
     for path in folder.rglob("*"):
-        if path.is_symlink() and not path.resolve().is_relative_to(inside):
+        if path.is_symlink() and not Path(os.path.realpath(path)).is_relative_to(inside):
             raise ValueError(f"run: {path} is a link that leads out of the run folder; put what it means in its place.")
+        if not (os.path.isfile(path) or os.path.isdir(path)):  # noqa: PTH112, PTH113  (Path's own raise at links in a circle)
+            raise ValueError(f"run: {path} is neither a file nor a folder; remove it.")
 
 
 def read_object(path: Path) -> dict[str, Any]:

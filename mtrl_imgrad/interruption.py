@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: the training loop takes a checkpoint before it ends."""
+"""Ctrl-C, SIGTERM and SIGHUP (a terminal that is closed): the training loop takes a checkpoint before it ends."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Stopped(KeyboardInterrupt):
@@ -41,7 +43,8 @@ class Interruption:
 
     @contextmanager
     def by_signals(self) -> Iterator[None]:
-        """Let SIGINT and SIGTERM ask, instead of ending the process where it is. For the main thread of a program."""
+        """Let signals ask, instead of ending the process where it is. For the main thread of a program. One that is
+        ignored, as SIGHUP is under `nohup`, stays so."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.nothing_to_lose or self.number:
@@ -49,7 +52,8 @@ class Interruption:
             self.number = number
             print("\nstopping after a checkpoint; once more stops at once, without it", file=sys.stderr)
 
-        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, ask) for number in heeded}
         try:
             yield
         finally:

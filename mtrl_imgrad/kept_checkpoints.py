@@ -19,17 +19,24 @@ NEWEST = 2
 BEST = "best"
 
 
-def prune(folder: Path, newest: Checkpoint) -> None:
-    """Remove what is kept no longer after `newest` was saved: older checkpoints, what a killed process left, and later
-    checkpoints, which belong to a future that the run went back from because they are damaged. What is no checkpoint
-    is left alone."""
+def prune(folder: Path, newest: Checkpoint, before: Checkpoint | None = None) -> None:
+    """Remove what is kept no longer after `newest` was saved: older checkpoints, and what a killed process left. What
+    is no checkpoint is left alone.
+
+    Args:
+        folder: the run folder.
+        newest: saved just now.
+        before: the one that the process saved or loaded before. All that are later than it, but for `newest`, belong to
+            a future that the run went back from because they are damaged.
+    """
     name, found = newest.place.name, _by_step(folder)
     for path in (folder / "checkpoints").glob("*.tmp"):
         if re.fullmatch(rf"(\d{{10}}|{BEST})\.tmp", path.name):
             remove(path)
-    for path in [path for path in found if path.stem > name]:
+    damaged = [path for path in found if path.stem > name or (before and before.place.name < path.stem < name)]
+    for path in damaged:
         remove(path)
-    for path in [path for path in found if path.name < name][: 1 - NEWEST]:
+    for path in [path for path in found if path.name < name and path not in damaged][: 1 - NEWEST]:
         try:
             checkpoint = read_manifest(path)
         except ValueError:
@@ -59,6 +66,7 @@ def choose_checkpoint(folder: Path, which: str = "newest", resume: bool = False)
         try:
             checkpoint = read_manifest(place)
             if resume and not checkpoint.resumable:
+                damages.append(DamagedError(f"checkpoint {place} has no replay"))
                 continue
             verify(checkpoint, with_replay=resume)
         except DamagedError as damage:
@@ -67,13 +75,13 @@ def choose_checkpoint(folder: Path, which: str = "newest", resume: bool = False)
         for damage in damages:
             print(f"{damage}; going on from {checkpoint.place}", file=sys.stderr)
         return checkpoint
+    if damages and all(str(damage).endswith("has no replay") for damage in damages):
+        raise ValueError(
+            f"run: no checkpoint of {folder} has the replay that training goes on with, as they have where "
+            "checkpoint.replay is true; the run can be evaluated."
+        )
     if damages:
         raise ValueError(f"run: {damages[0]}, and there is no whole one before it; use a copy of the run.")
-    if has_checkpoint(folder):
-        raise ValueError(
-            f"run: {folder} was saved with checkpoint.replay false; it can be evaluated, but not trained further; "
-            "for that it must be true."
-        )
     raise ValueError(f"run: {folder} has no checkpoint yet.")
 
 

@@ -5,6 +5,8 @@ Every tag is explained in docs/metrics.md; a test fails when one is missing ther
 
 from __future__ import annotations
 
+import os
+import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -136,6 +138,16 @@ class Stopwatch:
         return tags
 
 
+class PatientConsole(Console):
+    """rich's console, which says nothing more where its reader has gone (`| head`), instead of ending the run."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, sys.stdout.fileno())  # what is left in the buffer would fail at the end of the program
+        os.close(nowhere)
+
+
 class RunLog:
     """The logger of one run: rows to progress.csv and TensorBoard, a line or a bar to the console.
 
@@ -154,7 +166,7 @@ class RunLog:
         self.tensorboard = TensorBoard(folder / FOLDER, start + 1) if tensorboard else None
         writers: list[KVWriter] = [ProgressCsv(folder / "progress.csv", start)]
         self.logger = Logger(str(folder), [*writers, *([self.tensorboard] if self.tensorboard else [])])
-        self.console = Console(highlight=False, soft_wrap=True)
+        self.console = PatientConsole(highlight=False, soft_wrap=True)
         columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:3.0f} %"))
         self.progress = Progress(*columns, console=self.console, disable=not self.console.is_terminal)
         self.bar = self.progress.add_task("starting", total=total, completed=start)

@@ -216,7 +216,12 @@ class Run:
 
     def save(self, step: int, required: bool = False) -> None:
         """Write a checkpoint, from which a resume gives the same numbers as going on. One that is required raises an
-        OSError where it cannot be written; another is skipped with a warning."""
+        OSError where it cannot be written; another is skipped with a warning.
+
+        Raises:
+            NonFiniteError: as `RunLog.tell_non_finite`: a resumed run takes what was counted for told.
+        """
+        self.log.tell_non_finite(self.learner.non_finite, self.tasks, self.config.sac.nan_policy)
         blocks = ring_blocks.blocks("replay", self.replay.rings(), self.replay.written)
         replay = self.replay
         counts = {"written": replay.written, "held_back": replay.held_back, "left_out": self.faults.count}
@@ -229,7 +234,7 @@ class Run:
 
     def _description(self) -> dict[str, Any]:
         sizes = {"observation_size": self.replay.observations.shape[-1], "action_size": self.learner.action_size}
-        return {"tasks": list(self.tasks)} | sizes
+        return {"tasks": list(self.tasks), "world": self.world.digest} | sizes
 
     def _restore(self, folder: Path) -> np.ndarray | None:
         """Take back everything, and return the first observations; None where there is nothing to take."""
@@ -249,8 +254,24 @@ class Run:
             stored = (checkpoint.part(name, CPU) for name in checkpoint.blocks("replay"))
             ring_blocks.fill(self.replay.rings(), self.replay.written, stored)
             first, _ = self.envs.load_state_dict(entry(state, "envs", dict))
+            self._check_continuity(first)
         self.start = checkpoint.step
         return first
+
+    def _check_continuity(self, observations: np.ndarray) -> None:
+        """Where an episode goes on, its next observation is stored already. Another simulator gives another."""
+        if not self.replay.written:
+            return
+        newest = (self.replay.written - 1) % self.replay.length
+        going_on = ~(self.replay.ended | self.replay.repeated)[newest].cpu()
+        stored, found = self.replay.next_observations[newest].cpu(), self.on_device(observations)[0].cpu()
+        differ = (going_on & (stored != found).any(-1)).any(-1)
+        if differ.any():
+            task = self.tasks[int(differ.int().argmax())]
+            raise ValueError(
+                f"its episode of {task} is not the one that the environment goes on with; MuJoCo, Meta-World or the "
+                "world is another one, see versions.json"
+            )
 
     def elapsed(self) -> float:
         """Wall-clock seconds since the start."""

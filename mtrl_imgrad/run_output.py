@@ -12,7 +12,7 @@ from mtrl_imgrad.checkpoint import Checkpoint, Parts, save_checkpoint, step_name
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.csv_files import read_rows
 from mtrl_imgrad.evaluation import drop_rows_after
-from mtrl_imgrad.files import FolderLock, is_storage_failure
+from mtrl_imgrad.files import FolderLock, is_storage_failure, sync
 from mtrl_imgrad.kept_checkpoints import BEST, best_success, prune
 from mtrl_imgrad.logs import RunLog
 from mtrl_imgrad.run_description import create_run, describe_run
@@ -84,15 +84,24 @@ class RunOutput:
             every = self.config.checkpoint.keep_every
             kept = every > 0 and step // every > before // every
         with_replay = blocks if self.config.checkpoint.replay else None
+        base = self.saved
         try:
+            for table in self.folder.glob("*.csv"):  # their rows are not to be younger than the checkpoint
+                sync(table)
             self.saved = save_checkpoint(
-                self.folder, step_name(step), step, state, parts, with_replay, base=self.saved, kept=kept
+                self.folder, step_name(step), step, state, parts, with_replay, base=base, kept=kept
             )
-            prune(self.folder, self.saved)
         except OSError as error:
             if required or not is_storage_failure(error):
                 raise
             self._tell_unsaved(f"the checkpoint of step {step:,}", error)
+            return
+        try:
+            prune(self.folder, self.saved, base)
+        except OSError as error:
+            if not is_storage_failure(error):
+                raise
+            self.log.print(f"warning: older checkpoints could not be removed ({error.strerror}); training goes on")
 
     def save_best(self, step: int, evaluated: dict[str, float], state: dict[str, Any], parts: Parts) -> None:
         """Save a checkpoint without replay as `best` if the evaluation's mean success is higher than that of the one

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from mtrl_imgrad.averages import by_task
@@ -16,6 +15,7 @@ from mtrl_imgrad.config import Config
 from mtrl_imgrad.faults import Transitions, require_finite
 from mtrl_imgrad.files import refuse_ways_out
 from mtrl_imgrad.gradient_cosines import append_rows
+from mtrl_imgrad.learner import NonFiniteError
 from mtrl_imgrad.logs import Stopwatch
 from mtrl_imgrad.run import Run
 from mtrl_imgrad.world import MakeWorld, metaworld
@@ -76,14 +76,12 @@ def run_training(run: Run) -> Path:
             next_observations, rewards, terminated, truncated, infos = run.envs.step_wait()
 
         # Leave out what is not finite
-        normalized = run.normalizer(rewards)
-        transitions = Transitions(run.tasks, sent, normalized, infos["final_obs"], infos)
-        broken = transitions.broken()
-        run.faults.take(transitions.faults(broken))
+        transitions = Transitions(run.tasks, sent, rewards, infos["final_obs"], infos)
+        stored_rewards, broken = run.faults.sift(transitions, run.normalizer)
         require_finite(run.tasks, next_observations)
 
         # Store the true next observation: where an episode ended, that is not the one which the next action is for
-        outcome = (next_observations, np.where(broken, 0.0, normalized), infos["final_obs"], terminated, truncated)
+        outcome = (next_observations, stored_rewards, infos["final_obs"], terminated, truncated)
         next_rows, reward_rows, final_rows, terminated_rows, truncated_rows = run.on_device(*outcome)
         broken_rows = run.on_device(broken)[0].bool() if broken.any() else None
         ends = (terminated_rows.bool(), truncated_rows.bool())
@@ -136,9 +134,17 @@ def run_training(run: Run) -> Path:
 
 
 def learn(run: Run, step: int, watch: Stopwatch) -> None:
-    """The updates of one vector step, on batches from the replay as it is; none during the warm-up."""
+    """The updates of one vector step, on batches from the replay as it is; none during the warm-up.
+
+    Raises:
+        NonFiniteError: all that was to be learned from was left out.
+    """
     sac, learner, replay, random = run.config.sac, run.learner, run.replay, run.generators
     if step <= sac.warmup or replay.windows == 0:
+        if step > sac.warmup and replay.held_back and not replay.written:
+            raise NonFiniteError(
+                "the first update has nothing to learn from: every vector step had a number not finite."
+            )
         return
     for _ in range(sac.updates_per_step):
         with watch.measure("update"):

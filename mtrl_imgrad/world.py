@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +34,11 @@ class World:
     description: dict[str, Any]
     training: Callable[[np.random.SeedSequence, Sequence[str]], VectorEnv]
     evaluation: Callable[[Any], VectorEnv]
+
+    @property
+    def digest(self) -> str:
+        """Of the description; a checkpoint belongs to one world."""
+        return hashlib.sha256(json.dumps(self.description, sort_keys=True).encode()).hexdigest()
 
 
 MakeWorld = Callable[[Config, "dict[str, Any] | None"], World]

@@ -36,6 +36,8 @@ KINDS: dict[str, tuple[Spoil, str]] = {
     "reward nan": (_reward(math.nan), "the reward is nan"),
     "reward inf": (_reward(math.inf), "the reward is inf"),
     "reward -inf": (_reward(-math.inf), "the reward is -inf"),
+    "reward too large": (_reward(1e39), "the reward is 1e+39"),
+    "reward whose square is infinite": (_reward(1e160), "the reward is 1e+160"),
     "observation nan": (_observation(math.nan), "the observation is not finite"),
     "observation inf": (_observation(-math.inf), "the observation is not finite"),
 }

@@ -34,7 +34,7 @@ def save(folder: Path, step: int, value: float, blocks=BLOCKS, base: Checkpoint 
     made = save_checkpoint(
         folder, step_name(step), step, state, {"learner": lambda: tensors}, makers, base=base, **options
     )
-    prune(folder, made)
+    prune(folder, made, base)
     return made
 
 
@@ -234,6 +234,24 @@ class TestDamage:
         (made.place / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(DamagedError, match=r"manifest\.json is not one of this checkpoint"):
             read_manifest(made.place)
+
+    def test_a_replay_in_one_that_says_it_has_none_is_damage(self, tmp_path):
+        made = save(tmp_path, 10, 1.0)
+        manifest = json.loads((made.place / "manifest.json").read_text())
+        (made.place / "manifest.json").write_text(json.dumps(manifest | {"resumable": False}))
+        with pytest.raises(DamagedError, match=r"manifest\.json is not one of this checkpoint"):
+            read_manifest(made.place)
+
+    def test_a_file_that_the_manifest_does_not_name_is_not_read(self, tmp_path):
+        made = save(tmp_path, 10, 1.0)
+        shutil.copy(made.place / "learner.safetensors", made.place / "other.safetensors")
+        with pytest.raises(ValueError, match="not in its manifest"):
+            made.part("other", CPU)
+
+    def test_a_file_where_the_next_one_is_to_be_written_is_in_no_way(self, tmp_path):
+        save(tmp_path, 10, 1.0)
+        (tmp_path / "checkpoints" / "0000000020.tmp").write_text("odd")
+        assert verify(save(tmp_path, 20, 2.0)) is None
 
     def test_the_manifest_of_another_step_is_foreign(self, tmp_path):
         first, second = save(tmp_path, 10, 1.0), save(tmp_path, 20, 2.0)

@@ -97,6 +97,7 @@ OUT_OF_RANGE = [
     ("eval", "horizon", 501),
     ("log", "every", 0),
     ("checkpoint", "every", -1),
+    ("checkpoint", "keep_every", -1),
 ]
 
 
@@ -115,7 +116,7 @@ class TestRanges:
         ("section", "field", "value"), OUT_OF_RANGE, ids=[f"{s}.{f}={v}" for s, f, v in OUT_OF_RANGE]
     )
     def test_a_value_out_of_range_is_refused_by_its_name(self, section, field, value):
-        with pytest.raises(ValueError, match=rf"^{section}\.{field}: .*must be") as caught:
+        with pytest.raises(ValueError, match=rf"^{section}\.{field}[:,] .*must be") as caught:
             SECTIONS[section](**{field: value})
         assert "\n" not in str(caught.value)
         assert repr(value) in str(caught.value)

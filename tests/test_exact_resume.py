@@ -343,7 +343,13 @@ def a_restart(state: dict[str, Any]) -> None:
     state["envs"]["restarts"] = [[len(state["envs"]["actions"]) - 1, [0]]]
 
 
-@pytest.mark.parametrize("alter", [first_goal, goal_stream, last_action, a_restart], ids=lambda alter: alter.__name__)
-def test_one_number_of_the_running_episodes_has_consequences(tmp_path, straight, cut, alter):
-    folder = resume_altered(cut, tmp_path / "run", lambda state, groups: alter(state))
+@pytest.mark.parametrize("alter", [first_goal, last_action, a_restart], ids=lambda alter: alter.__name__)
+def test_one_number_of_the_running_episodes_is_seen(tmp_path, cut, alter):
+    """Its episode ends elsewhere, and where it was is in the replay."""
+    with pytest.raises(ValueError, match=r"its episode of east is not the one that the environment goes on with"):
+        resume_altered(cut, tmp_path / "run", lambda state, groups: alter(state))
+
+
+def test_one_number_of_the_goal_stream_has_consequences(tmp_path, straight, cut):
+    folder = resume_altered(cut, tmp_path / "run", lambda state, groups: goal_stream(state))
     assert {"replay/observations", "learner/critic", "progress.csv"} <= differences(folder, straight(watchful()))

@@ -96,6 +96,40 @@ class TestSignals:
             os.kill(os.getpid(), signal.SIGTERM)
         assert stopped.value.number == signal.SIGTERM
 
+    def test_a_closed_terminal_asks_too_but_not_under_nohup(self):
+        interruption = Interruption()
+        interruption.nothing_to_lose = False
+        with interruption.by_signals():
+            os.kill(os.getpid(), signal.SIGHUP)
+        assert interruption.number == signal.SIGHUP
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            with Interruption().by_signals():
+                assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    def test_without_a_replay_it_does_not_say_that_the_run_can_go_on(self, tmp_path):
+        run = tmp_path / "run"
+        with start(*OURS.split(), "--checkpoint.replay", "False", "--run-dir", str(run), pause=0.05) as process:
+            wait_for_rows(run / "progress.csv", 4)
+            process.send_signal(signal.SIGTERM)
+            _, said = process.communicate(timeout=60)
+        assert process.returncode == 143
+        assert "stopped; without the replay (checkpoint.replay False) it cannot go on" in said
+
+    def test_who_stops_reading_the_output_does_not_end_the_run(self, tmp_path):
+        run = tmp_path / "run"
+        with start(*OURS.split(), "--run-dir", str(run), pause=0.02) as process:
+            assert process.stdout
+            process.stdout.readline()
+            process.stdout.close()
+            assert process.stderr
+            said = process.stderr.read()
+        assert process.returncode == 0, said
+        assert said == ""
+        assert (run / "eval.csv").exists()
+
     def test_afterwards_signals_are_what_they_were(self):
         before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
         with Interruption().by_signals():
@@ -127,7 +161,7 @@ class TestKilled:
             time.sleep(generator.uniform(0.0, 4.0))
             if while_saving:
                 wait_until(lambda: unfinished(run) - left_before or process.poll() is not None)
-                time.sleep(generator.uniform(0.0, 0.4))
+                time.sleep(generator.uniform(0.0, 0.2))
             children = psutil.Process(process.pid).children(recursive=True)
             process.kill()
             _, said = process.communicate()

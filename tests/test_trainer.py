@@ -254,6 +254,42 @@ class TestFailures:
         assert counts[-1] > 0
         assert not any(counts[:-1])
 
+    def test_no_checkpoint_is_saved_of_losses_that_are_to_end_the_run(self, tmp_path):
+        """A resume takes what a checkpoint counted for told."""
+        config = short_config(tmp_path / "run", log=LogConfig(every=1000, tensorboard=False))
+        config = replace(config, checkpoint=CheckpointConfig(every=5))
+        with pytest.raises(NonFiniteError, match="critic loss of east"):
+            train(config, make_world=partial(make_world, constant_reward=HUGE))
+        with pytest.raises(NonFiniteError, match="critic loss of east"):
+            train(config, resume=tmp_path / "run", make_world=partial(make_world, constant_reward=HUGE))
+
+    def test_a_resume_in_another_world_is_refused(self, tmp_path):
+        """Other goals are known by what goals.json says, another simulator by where it goes on."""
+        config = short_config(tmp_path / "run", sac=tiny_sac(steps=45, warmup=40))
+        train(config, make_world=make_world)
+        longer = replace(config, sac=replace(config.sac, steps=80))
+
+        def moved(config, description):
+            world = make_world(config, description)
+            return replace(world, description=world.description | {"goals": "others"})
+
+        with pytest.raises(ValueError, match=r"'world' is .* and must be"):
+            Run(longer, tmp_path / "run", moved)
+
+        def drifting(config, description):
+            world = make_world(config, description)
+
+            def training(stream, tasks):
+                envs: Any = world.training(stream, tasks)
+                load = envs.load_state_dict
+                envs.load_state_dict = lambda state: (load(state)[0] + [[0], [0], [1e-6], [0]], {})
+                return envs
+
+            return replace(world, training=training)
+
+        with pytest.raises(ValueError, match="its episode of west is not the one that the environment goes on with"):
+            Run(longer, tmp_path / "run", drifting)
+
     def test_non_finite_numbers_from_before_a_resume_do_not_end_the_run_again(self, tmp_path):
         skip = short_config(tmp_path / "run", sac=tiny_sac(steps=80, warmup=40, nan_policy="skip"))
         train(skip, make_world=partial(make_world, constant_reward=HUGE))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -117,6 +118,19 @@ def test_a_pickle_under_any_name_is_not_executed_and_is_told_in_one_line(run, tm
     with contextlib.suppress(ValueError):  # and no other error
         load(folder)
     assert not trace.exists()
+
+
+@pytest.mark.usefixtures("tiny")
+@pytest.mark.parametrize("name", ["goals.json", "progress.csv", "lock", "checkpoints/odd"])
+def test_a_pipe_or_links_in_a_circle_are_refused_by_name_and_nobody_waits(run, tmp_path, name, capsys):
+    for number, kind in enumerate(("pipe", "circle")):
+        folder = tmp_path / str(number)
+        shutil.copytree(run, folder)
+        (folder / name).unlink(missing_ok=True)
+        os.mkfifo(folder / name) if kind == "pipe" else (folder / name).symlink_to(folder / name)
+        for command in (["evaluate"], ["record"], ["report"], ["train", "--resume"]):
+            assert cli.main([*command, str(folder)]) == 2
+            assert f"{name} is neither a file nor a folder" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny")

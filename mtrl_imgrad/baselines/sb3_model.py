@@ -65,14 +65,12 @@ class StorableSteps(VecEnvWrapper):
     def step_wait(self) -> Any:
         observations, rewards, dones, infos = self.envs.step_wait()
         arrays = self.envs.step_infos
-        normalized = self.normalizer(rewards)
-        transitions = Transitions(self.tasks, self.actions, normalized, arrays["final_obs"], arrays)
-        broken = transitions.broken()
-        self.faults.take(transitions.faults(broken))
+        transitions = Transitions(self.tasks, self.actions, rewards, arrays["final_obs"], arrays)
+        stored_rewards, broken = self.faults.sift(transitions, self.normalizer)
         require_finite(self.tasks, observations)
         for row in np.flatnonzero(broken).tolist():
             infos[row]["broken"] = True
-        return observations, np.where(broken, 0.0, normalized), dones, infos
+        return observations, stored_rewards, dones, infos
 
 
 class FiniteReplayBuffer(ReplayBuffer):

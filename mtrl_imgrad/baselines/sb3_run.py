@@ -205,7 +205,8 @@ class Sb3Run:
     def _description(self) -> dict[str, Any]:
         buffer: Any = self.models[0].sac.replay_buffer
         entries = buffer.obs_shape[0] - (len(self.tasks) if sees_task(self.config) else 0)
-        return {"tasks": list(self.tasks), "observation_size": entries, "action_size": buffer.action_dim}
+        sizes = {"observation_size": entries, "action_size": buffer.action_dim}
+        return {"tasks": list(self.tasks), "world": self.world.digest} | sizes
 
     def _restore(self, folder: Path) -> Checkpoint | None:
         if not has_checkpoint(folder):  # it was stopped before its first one
