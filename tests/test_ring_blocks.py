@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -9,6 +11,7 @@ from hypothesis import strategies as st
 from test_replay import TASKS, Story, _all_starts, _replay
 
 from mtrl_imgrad import ring_blocks
+from mtrl_imgrad.checkpoint import save_checkpoint, step_name
 from mtrl_imgrad.replay import Replay
 from mtrl_imgrad.ring_blocks import blocks, changed, fill
 
@@ -110,3 +113,26 @@ def test_other_shapes_and_missing_blocks_are_refused(monkeypatch):
         restore(_replay(10, envs=2), 5, [found[0], *found[2:]])
     with pytest.raises(ValueError, match="replay: a block begins at 3"):
         restore(_replay(3, envs=2), 5, found)
+
+
+@pytest.mark.slow
+def test_checkpoints_of_mt50_take_less_than_the_replay_itself(tmp_path):
+    """configs/mt50.yaml's rings at its checkpoints, until they are full and beyond; `-s` shows what training waits."""
+    length, episode = 100_000, 500
+    replay = Replay(length, 50, 1, 39, 4, gamma=0.99, n_step=1, device=torch.device("cpu"))
+    torch.nn.init.normal_(replay.observations, generator=torch.Generator().manual_seed(1))
+    replay.next_observations[:-1] = replay.observations[1:]
+    replay.next_observations[episode - 1 :: episode] += 1.0  # the last of an episode is not the first of the next
+    torch.nn.init.normal_(replay.actions)
+    saved = None
+    for step in (50_000, 100_000, 150_000):
+        replay.written = step
+        before = time.perf_counter()
+        made = blocks("replay", replay.rings(), replay.written)
+        saved = save_checkpoint(tmp_path, step_name(step), step, {}, {}, made, base=saved)
+        print(f"step {step:,}: {time.perf_counter() - before:.1f} s")
+    files = [path.stat() for path in tmp_path.rglob("*") if path.is_file()]
+    one = sum(file["size"] for file in saved.files.values())
+    both = sum({file.st_ino: file.st_size for file in files}.values())
+    print(f"rings {replay.bytes / 1e6:,.0f} MB, a checkpoint {one / 1e6:,.0f} MB, two of them {both / 1e6:,.0f} MB")
+    assert both < replay.bytes
