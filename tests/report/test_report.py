@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import json
 import re
 import xml.etree.ElementTree as ElementTree
@@ -332,7 +333,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, two_gr
 
     def full(path, content):
         if path.suffix == ".png":
-            raise OSError("disk full")
+            raise OSError(errno.ENOSPC, "disk full")
         return write(path, content)
 
     monkeypatch.setattr(Path, "write_bytes", full)
@@ -345,7 +346,7 @@ def test_a_report_that_cannot_be_written_leaves_the_earlier_one(tmp_path, two_gr
 def test_the_command(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert cli.main(["report"]) == 2
-    assert capsys.readouterr().err == "mtrl-imgrad: runs: runs does not exist.\n"
+    assert capsys.readouterr().err == "mtrl-imgrad: runs: runs does not exist; give run folders.\n"
     _group(tmp_path / "runs", "cagrad", CAGRAD)
     assert cli.main(["report", "runs", "--out", "page"]) == 0
     printed = capsys.readouterr().out
