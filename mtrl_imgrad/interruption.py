@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
 
 class Stopped(KeyboardInterrupt):
     """The process was asked to end by this signal, and nothing that is worth keeping is lost."""
@@ -43,8 +41,8 @@ class Interruption:
 
     @contextmanager
     def by_signals(self) -> Iterator[None]:
-        """Let signals ask, instead of ending the process where it is. For the main thread of a program. One that is
-        ignored, as SIGHUP is under `nohup`, stays so."""
+        """Let signals ask, instead of ending the process where it is. For the main thread of a program. Where
+        SIGHUP is ignored, as under `nohup`, it stays so."""
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.nothing_to_lose or self.number:
@@ -52,8 +50,8 @@ class Interruption:
             self.number = number
             print("\nstopping after a checkpoint; once more stops at once, without it", file=sys.stderr)
 
-        heeded = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, ask) for number in heeded}
+        hangup = [signal.SIGHUP] if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN else []
+        before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM, *hangup)}
         try:
             yield
         finally:
