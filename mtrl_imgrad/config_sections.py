@@ -155,6 +155,9 @@ class SacConfig:
     """One temperature for all tasks instead of one per task."""
     reward_scale: float = 1.0
     """Factor on every reward, applied when a batch is sampled."""
+    return_scaling: bool = False
+    """Divide each task's rewards by the largest discounted return that the task has shown so far, when a batch is
+    sampled and before reward_scale, so that all tasks' values have one size (after BRC and SimbaV2)."""
     nan_policy: Literal["raise", "skip"] = "raise"
     """A NaN or an infinity never gets into parameters, statistics or the replay, whatever this is. raise: the run ends,
     naming task and loss (at the next log row), or task, environment, goal and step of a transition whose reward or

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from mtrl_imgrad.compilation import CapturedUpdate, CompilationError, Update, compile_sac
 from mtrl_imgrad.config import Config
 from mtrl_imgrad.replay import Batch
+from mtrl_imgrad.rewards import observe_returns
 from mtrl_imgrad.sac_update import LOSSES, Metrics, Noise, State, build_update
 from mtrl_imgrad.saved_state import check_like
 
@@ -50,6 +51,8 @@ class Learner:
             "updates": torch.zeros((), dtype=torch.float64, device=device),
             "non_finite": torch.zeros(len(LOSSES), tasks, dtype=torch.int64, device=device),
             "statistics": self.sac.inputs.initial_statistics(observation_size, device),
+            "returns": torch.zeros(tasks, config.envs.envs_per_task, device=device),
+            "largest_return": torch.zeros(tasks, device=device),
         }
         for name, vector in (("critic", critic), ("actor", actor), ("log_alpha", log_alpha)):
             self.state |= {name: vector, f"{name}/m": torch.zeros_like(vector), f"{name}/v": torch.zeros_like(vector)}
@@ -68,6 +71,12 @@ class Learner:
         """Take observations from the environments into the running statistics."""
         if self.sac.inputs.normalization:
             self.sac.inputs.observe(self.state["statistics"], observations)
+
+    def observe_rewards(self, rewards: Float[Tensor, "tasks envs"], ended: Bool[Tensor, "tasks envs"]) -> None:
+        """Take the rewards of a vector step, and where they ended an episode, into the returns that scale them."""
+        if self.config.sac.return_scaling:
+            state = self.state
+            observe_returns(state["returns"], state["largest_return"], rewards, ended, self.config.sac.gamma)
 
     @torch.no_grad()
     def act(

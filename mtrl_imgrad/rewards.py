@@ -1,9 +1,11 @@
-"""Reward normalisation per task, as the older Meta-World literature trains with."""
+"""Per-task scales of rewards: the older Meta-World literature's, before they are stored, and that of the value-based
+literature, when they are sampled."""
 
 from __future__ import annotations
 
 import numpy as np
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, as_tensor
 
 from mtrl_imgrad.saved_state import check_like
@@ -44,3 +46,29 @@ class RewardNormalizer:
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         check_like(state, self.state_dict())
         self.mean, self.variance = (state[name].cpu().numpy().copy() for name in ("mean", "variance"))
+
+
+def observe_returns(
+    returns: Float[Tensor, "tasks envs"],
+    largest: Float[Tensor, " tasks"],
+    rewards: Float[Tensor, "tasks envs"],
+    ended: Bool[Tensor, "tasks envs"],
+    gamma: float,
+) -> None:
+    """Take one vector step's rewards into the running discounted returns and each task's largest one, in place.
+
+    `G <- gamma G + r` within an episode, from 0; `largest <- max(largest, |G|)`. To divide a task's rewards by its
+    largest return gives all tasks values of one size, however far each of them has got. SimbaV2 (Lee et al. 2025,
+    arXiv 2502.15280, reward scaling) divides by `max(sqrt(var G), max |G| / 5)`; BRC (Nauman et al. 2025, arXiv
+    2505.23150) by the largest return-to-go of an episode over 10, per task. Ours is the second with the first's G.
+
+    Args:
+        returns: G of every environment.
+        largest: `max |G|` of every task so far; 0 before the first reward.
+        rewards: of the step.
+        ended: where the episode ended with it, or it is not to be counted.
+        gamma: discount per decision.
+    """
+    returns.mul_(gamma).add_(rewards)
+    torch.maximum(largest, returns.abs().amax(1), out=largest)
+    returns.masked_fill_(ended, 0.0)

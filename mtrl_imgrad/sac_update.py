@@ -85,6 +85,11 @@ def temperature_gradient(log_prob: Float[Tensor, "tasks rows"], settings: SacCon
     return gradient.mean().expand_as(gradient) if settings.shared_temperature else gradient
 
 
+def reward_scales(largest_return: Float[Tensor, " tasks"], scale: float) -> Float[Tensor, " tasks"]:
+    """The factor on each task's rewards: `scale`, by the task's largest return where one has been seen."""
+    return scale / torch.where(largest_return > 0, largest_return, 1.0)
+
+
 @dataclass
 class SacUpdate:
     """What an update needs beside tensors: calling it gives the entries of the state that change, and metrics.
@@ -111,7 +116,7 @@ class SacUpdate:
         settings = self.settings
         step = state["updates"] + 1
         alpha = state["log_alpha"].exp()
-        rewards = batch.rewards * settings.reward_scale
+        rewards = batch.rewards * reward_scales(state["largest_return"], settings.reward_scale)[:, None]
         inputs = self.inputs(state["statistics"], batch.observations)
         next_inputs = self.inputs(state["statistics"], batch.next_observations)
 

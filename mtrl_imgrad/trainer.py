@@ -86,6 +86,7 @@ def run_training(run: Run) -> Path:
         broken_rows = run.on_device(broken)[0].bool() if broken.any() else None
         ends = (terminated_rows.bool(), truncated_rows.bool())
         replay.add(run.observations, actions, reward_rows, final_rows, *ends, broken_rows)
+        learner.observe_rewards(reward_rows, ends[0] | ends[1])
         run.episodes.add((terminated | truncated) & ~broken, infos)
         run.observations = next_rows
 

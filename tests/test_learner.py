@@ -83,6 +83,16 @@ def test_reward_scale_is_a_factor_on_every_reward():
     assert changed(state_copy(plain), scaled) == set()
 
 
+def test_return_scaling_divides_each_tasks_rewards_by_its_largest_return():
+    scaled, plain, batch = small_learner(return_scaling=True, reward_scale=3.0), small_learner(), random_batch()
+    seen = torch.tensor([4.0, 0.0, 0.5][:TASKS])  # 0: nothing yet, so nothing is divided
+    scaled.observe_rewards(seen[:, None], torch.zeros(TASKS, 1, dtype=torch.bool))
+    update(scaled, batch)
+    factors = torch.tensor([3 / 4, 3.0, 6.0][:TASKS])
+    update(plain, replace(batch, rewards=factors[:, None] * batch.rewards))
+    assert changed(state_copy(plain), scaled) == {"returns", "largest_return"}
+
+
 # Temperatures
 
 
@@ -308,6 +318,13 @@ def test_statistics_move_only_where_normalisation_is_asked_for():
         learner = small_learner(network={"observation_normalization": wanted})
         learner.observe(random_batch().observations)
         assert bool(learner.state["statistics"].any()) == wanted
+
+
+def test_returns_move_only_where_rewards_are_scaled_by_them():
+    for wanted in (False, True):
+        learner = small_learner(return_scaling=wanted)
+        learner.observe_rewards(torch.ones(TASKS, 1), torch.zeros(TASKS, 1, dtype=torch.bool))
+        assert bool(learner.state["largest_return"].any()) == bool(learner.state["returns"].any()) == wanted
 
 
 def test_parameter_counts_are_those_of_the_layers():

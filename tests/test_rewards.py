@@ -4,8 +4,9 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
-from mtrl_imgrad.rewards import RewardNormalizer
+from mtrl_imgrad.rewards import RewardNormalizer, observe_returns
 
 
 def _rewards(steps: int, rows: int) -> np.ndarray:
@@ -56,3 +57,30 @@ def test_state_round_trip_goes_on_with_the_same_numbers():
     # All of one before any of the other: a state that moved with its source would show.
     expected = [first(row) for row in rewards[5:]]
     np.testing.assert_array_equal([second(row) for row in rewards[5:]], expected)
+
+
+def test_the_largest_return_is_that_of_any_part_of_an_episode_of_the_task():
+    """By hand, episode by episode: the sum of gamma^(t - j) r_j from the episode's start to every t."""
+    random, gamma, steps, tasks, envs = np.random.default_rng(2), 0.8, 40, 3, 2
+    rewards, ended = random.normal(0.3, 1.0, (steps, tasks, envs)), random.random((steps, tasks, envs)) < 0.2
+    returns, largest = torch.zeros(tasks, envs, dtype=torch.float64), torch.zeros(tasks, dtype=torch.float64)
+    for step in range(steps):
+        observe_returns(returns, largest, torch.tensor(rewards[step]), torch.tensor(ended[step]), gamma)
+        for task in range(tasks):
+            seen = 0.0
+            for env in range(envs):
+                start = 0
+                for t in range(step + 1):
+                    discounts = gamma ** np.arange(t - start, -1, -1)
+                    seen = max(seen, abs(discounts @ rewards[start : t + 1, task, env]))
+                    start = t + 1 if ended[t, task, env] else start
+            assert float(largest[task]) == pytest.approx(seen, rel=1e-12)
+
+
+def test_values_of_tasks_of_any_size_get_one_size():
+    """Constant rewards: a whole episode's return, divided by the largest, is near 1 for every task."""
+    rewards, gamma = torch.tensor([[0.01], [1.0], [100.0]], dtype=torch.float64), 0.9
+    returns, largest = torch.zeros(3, 1, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
+    for _ in range(200):
+        observe_returns(returns, largest, rewards, torch.zeros(3, 1, dtype=torch.bool), gamma)
+    torch.testing.assert_close(rewards[:, 0] / (1 - gamma) / largest, torch.ones(3, dtype=torch.float64))

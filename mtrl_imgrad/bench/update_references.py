@@ -27,7 +27,7 @@ from mtrl_imgrad import losses as sac
 from mtrl_imgrad.bench.solver_references import RADIUS, slsqp, weights_by
 from mtrl_imgrad.networks import Tape
 from mtrl_imgrad.replay import Batch
-from mtrl_imgrad.sac_update import Noise, SacUpdate, State, adamw, temperature_gradient
+from mtrl_imgrad.sac_update import Noise, SacUpdate, State, adamw, reward_scales, temperature_gradient
 
 OBSERVATION, ACTIONS = 39, 4
 """Entries of Meta-World's observations and actions."""
@@ -68,7 +68,7 @@ def soft_targets(update: SacUpdate, state: State, batch: Batch, noise: Tensor) -
     actions, log_prob = sac.tanh_gaussian(*update.actor(state["actor"], encoding), noise)
     encoding = update.critic.encode(state["target_critic"], inputs)
     values = update.critic_loss.values(update.critic(state["target_critic"], encoding, actions))
-    rewards = batch.rewards * update.settings.reward_scale
+    rewards = batch.rewards * reward_scales(state["largest_return"], update.settings.reward_scale)[:, None]
     return sac.soft_target(rewards, batch.discounts, values, log_prob, state["log_alpha"].exp())
 
 
