@@ -126,6 +126,10 @@ class SacConfig:
     """Steps per task with uniformly random actions, before the first update."""
     batch_per_task: int = 128
     """Transitions of each task in one update."""
+    noise_correlation: float = 0.0
+    """Correlation rho of the policy's noise from one decision to the next, in training: n <- rho n + sqrt(1 - rho^2) w
+    with w standard normal, and so is n. 0 is SAC's white noise; correlated noise explores further (Eberhard et al.
+    2023, of pink noise)."""
     updates_per_step: int = 1
     """Gradient updates after each vector step."""
     gamma: float = 0.99
@@ -186,6 +190,8 @@ class SacConfig:
             require(0 <= value < math.inf, f"sac.{name}", value, "zero or positive, and finite")
         require(0 <= self.warmup <= MOST_STEPS, "sac.warmup", self.warmup, f"between 0 and {MOST_STEPS}")
         require(0 <= self.gamma <= 1, "sac.gamma", self.gamma, "between 0 and 1")
+        correlation = self.noise_correlation
+        require(0 <= correlation < 1, "sac.noise_correlation", correlation, "at least 0 and below 1")
         require(0 < self.tau <= 1, "sac.tau", self.tau, "above 0 and at most 1")
         require(math.isfinite(self.target_entropy), "sac.target_entropy", self.target_entropy, "finite")
         require(3 <= self.critic_bins <= 10_000, "sac.critic_bins", self.critic_bins, "between 3 and 10000")

@@ -51,6 +51,7 @@ class Learner:
             "updates": torch.zeros((), dtype=torch.float64, device=device),
             "non_finite": torch.zeros(len(LOSSES), tasks, dtype=torch.int64, device=device),
             "statistics": self.sac.inputs.initial_statistics(observation_size, device),
+            "noise": torch.zeros(tasks, config.envs.envs_per_task, action_size, device=device),
             "returns": torch.zeros(tasks, config.envs.envs_per_task, device=device),
             "largest_return": torch.zeros(tasks, device=device),
         }
@@ -77,6 +78,12 @@ class Learner:
         if self.config.sac.return_scaling:
             state = self.state
             observe_returns(state["returns"], state["largest_return"], rewards, ended, self.config.sac.gamma)
+
+    def explore(self, white: Float[Tensor, "tasks envs actions"]) -> Float[Tensor, "tasks envs actions"]:
+        """The noise of the next decision, from standard normal numbers and the noise of the one before: an AR(1)
+        process with standard normal values. It goes on over the end of an episode."""
+        rho = self.config.sac.noise_correlation
+        return self.state["noise"].mul_(rho).add_(white, alpha=math.sqrt(1 - rho**2))
 
     @torch.no_grad()
     def act(

@@ -64,7 +64,7 @@ def run_training(run: Run) -> Path:
         # Act: uniformly at random during the warm-up, then with the policy
         shape = (*run.rows, learner.action_size)
         uniform = torch.rand(shape, generator=random.policy, device=run.device) * 2 - 1
-        noise = torch.randn(shape, generator=random.policy, device=run.device)
+        noise = learner.explore(torch.randn(shape, generator=random.policy, device=run.device))
         with watch.measure("stepping"):
             learner.observe(run.observations)
             actions = uniform if step <= sac.warmup else learner.act(run.observations, noise)

@@ -2,9 +2,11 @@
 
     python scripts/recipe_search.py --jobs 2 --runs runs/recipe --out docs/results/recipe
 
-An entry is a name, the flags in which it differs from configs/mt10_laptop.yaml, why it was tried, and its seeds, which
+An entry is a name, the flags in which it differs from scripts/recipe_start.yaml, why it was tried, and its seeds, which
 are others than those of the results. A run that was stopped goes on, a finished one is not run again. `curves.csv` has
-every evaluation of every run, finished or not; `table.md` their success at some minutes of training.
+every evaluation of every run, finished or not; `table.md` their success after some numbers of updates.
+
+Two runs share the two cores, one thread and one worker each, so that minutes are no measure; updates are.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from pathlib import Path
 import yaml
 
 ENTRIES = Path(__file__).with_suffix(".yaml")
+START = Path(__file__).with_name("recipe_start.yaml")
 TAG = "eval/success_rate/"
 
 
@@ -62,12 +65,17 @@ class Run:
         if (self.folder / "config.yaml").exists():
             own = ["--resume", str(self.folder)]
         else:
-            own = ["--config", "mt10_laptop", "--seed", str(self.seed), "--run-dir", str(self.folder)]
+            own = ["--config", str(START), "--seed", str(self.seed), "--run-dir", str(self.folder)]
             own += shlex.split(self.entry.flags)
         return [sys.executable, "-m", "mtrl_imgrad", "train", *own, *flags]
 
-    def finished(self) -> bool:
-        return (self.folder / "done").exists()
+    @property
+    def log(self) -> Path:
+        return self.folder.with_name(f"{self.folder.name}.log")
+
+    @property
+    def done(self) -> Path:
+        return self.folder / "done"
 
 
 @dataclass(frozen=True)
@@ -76,11 +84,13 @@ class Point:
 
     Attributes:
         step: simulator steps per task.
-        minutes: wall clock since the process started, over all processes of the run.
+        updates: of the networks.
+        minutes: wall clock of training, over all processes of the run.
         success: rate of each task.
     """
 
     step: int
+    updates: int
     minutes: float
     success: dict[str, float]
 
@@ -101,21 +111,26 @@ def read_points(run: Path) -> Iterator[Point]:
     path = run / "progress.csv"
     if not path.exists():
         return
+    before, newest = 0.0, 0.0  # seconds of the processes before this one, and of this one
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
+            elapsed = float(row["time/elapsed"])
+            before += newest if elapsed < newest else 0.0
+            newest = elapsed
             success = {tag.removeprefix(TAG): float(rate) for tag, rate in row.items() if tag.startswith(TAG) and rate}
             if success:
-                yield Point(int(row["step"]), float(row["time/elapsed"]) / 60, success)
+                minutes = (before + newest) / 60
+                yield Point(int(row["step"]), int(float(row["train/updates"])), minutes, success)
 
 
 def train_all(runs: Sequence[Run], jobs: int, flags: Sequence[str], until: float) -> None:
     """Start runs in their order, `jobs` at a time, none after `until` (seconds of `time.monotonic`)."""
-    waiting, going = [run for run in runs if not run.finished()], dict[Run, subprocess.Popen[bytes]]()
+    waiting, going = [run for run in runs if not run.done.exists()], dict[Run, subprocess.Popen[bytes]]()
     while (waiting and time.monotonic() < until) or going:
         while waiting and len(going) < jobs and time.monotonic() < until:
             run = waiting.pop(0)
             run.folder.parent.mkdir(parents=True, exist_ok=True)
-            with run.folder.with_suffix(".log").open("ab") as log:
+            with run.log.open("ab") as log:
                 going[run] = subprocess.Popen(run.command(flags), stdout=log, stderr=log)
             print(f"{time.strftime('%H:%M')} {run.folder.name}", flush=True)
         time.sleep(1)
@@ -124,38 +139,33 @@ def train_all(runs: Sequence[Run], jobs: int, flags: Sequence[str], until: float
                 del going[run]
                 print(f"{time.strftime('%H:%M')} {run.folder.name} ended: {process.returncode}", flush=True)
                 if process.returncode == 0:
-                    (run.folder / "done").touch()
+                    run.done.touch()
 
 
-def write_results(runs: Sequence[Run], minutes: Sequence[float], out: Path) -> None:
+def write_results(runs: Sequence[Run], updates: Sequence[int], out: Path) -> None:
+    """`curves.csv`, and `table.md` with the mean success at the last evaluation up to each number of updates."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "curves.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("entry", "seed", "step", "minutes", "task", "success"))
+        writer.writerow(("entry", "seed", "step", "updates", "minutes", "task", "success"))
         for run in runs:
             for point in read_points(run.folder):
                 for task, rate in point.success.items():
-                    writer.writerow((run.entry.name, run.seed, point.step, round(point.minutes, 2), task, rate))
-    head = ["entry", "flags", "seed", *(f"{each:g} min" for each in minutes), "last two", "tasks above 0.5"]
+                    minutes = round(point.minutes, 2)
+                    writer.writerow((run.entry.name, run.seed, point.step, point.updates, minutes, task, rate))
+    head = ["entry", "flags", "seed", *(f"{each:,}" for each in updates), "last three", "tasks at or below 0.5 then"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for run in runs:
         points = list(read_points(run.folder))
         if points:
-            reached = [[point for point in points if point.minutes <= each] for each in minutes]
-            at = [
-                f"{earlier[-1].mean:.2f}" if earlier and points[-1].minutes > each - 2 else ""
-                for earlier, each in zip(reached, minutes, strict=True)
-            ]
-            last = points[-2:]
+            reached = [[point for point in points if point.updates <= each] for each in updates]
+            going = [points[-1].updates >= 0.9 * each for each in updates]
+            at = [f"{past[-1].mean:.2f}" if past and there else "" for past, there in zip(reached, going, strict=True)]
+            last = points[-3:]
             rates = {task: statistics.mean(point.success[task] for point in last) for task in last[-1].success}
-            cells = [
-                run.entry.name,
-                f"`{run.entry.flags}`",
-                str(run.seed),
-                *at,
-                f"{statistics.mean(rates.values()):.2f}",
-            ]
-            cells.append(", ".join(task.removesuffix("-v3") for task, rate in rates.items() if rate > 0.5))
+            weak = ", ".join(f"{task.removesuffix('-v3')} {rate:.1f}" for task, rate in rates.items() if rate <= 0.5)
+            mean = f"{statistics.mean(rates.values()):.2f}"
+            cells = [run.entry.name, f"`{run.entry.flags}`" * bool(run.entry.flags), str(run.seed), *at, mean, weak]
             lines.append(f"| {' | '.join(cells)} |")
     (out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
@@ -164,18 +174,21 @@ def write_results(runs: Sequence[Run], minutes: Sequence[float], out: Path) -> N
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--entries", type=Path, default=ENTRIES)
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once; 0 only collects")
     parser.add_argument("--runs", type=Path, default=Path("runs/recipe"), help="folder of the run folders")
     parser.add_argument(
         "--out", type=Path, default=Path("docs/results/recipe"), help="folder of curves.csv and table.md"
     )
-    parser.add_argument("--minutes", type=float, nargs="+", default=[5, 10, 15, 20], help="columns of the table")
-    parser.add_argument("--stop-after", type=float, default=float("inf"), help="start no run after so many minutes")
+    parser.add_argument(
+        "--updates", type=int, nargs="+", default=[10_000, 20_000, 40_000, 80_000, 160_000], help="columns of the table"
+    )
+    parser.add_argument("--stop-after", type=float, default=float("inf"), help="minutes after which no run is started")
     options, flags = parser.parse_known_args()
     entries = read_entries(options.entries)
     runs = [Run(entry, seed, options.runs / f"{entry.name}-s{seed}") for entry in entries for seed in entry.seeds]
-    train_all(runs, options.jobs, flags, time.monotonic() + 60 * options.stop_after)
-    write_results(runs, options.minutes, options.out)
+    if options.jobs:
+        train_all(runs, options.jobs, flags, time.monotonic() + 60 * options.stop_after)
+    write_results(runs, options.updates, options.out)
 
 
 if __name__ == "__main__":

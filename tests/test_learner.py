@@ -313,6 +313,18 @@ def test_actions_are_the_policys_mean_or_its_sample(share_encoder):
     assert learner.act(observations, 100 * noise).abs().max() <= 1
 
 
+@pytest.mark.parametrize("rho", [0.0, 0.5, 0.9])
+def test_noise_of_exploration_is_standard_normal_with_the_asked_correlation(rho):
+    learner, generator = small_learner(noise_correlation=rho), torch.Generator().manual_seed(1)
+    white = torch.randn(20_000, TASKS, 1, ACTIONS, generator=generator)
+    noise = torch.stack([learner.explore(row).clone() for row in white])[200:]
+    assert float(noise.mean()) == pytest.approx(0, abs=0.05)
+    assert float(noise.var()) == pytest.approx(1, abs=0.05)
+    for lag in (1, 2, 5):
+        assert float((noise[lag:] * noise[:-lag]).mean()) == pytest.approx(rho**lag, abs=0.05)
+    assert rho or noise.equal(white[200:])
+
+
 def test_statistics_move_only_where_normalisation_is_asked_for():
     for wanted in (False, True):
         learner = small_learner(network={"observation_normalization": wanted})
