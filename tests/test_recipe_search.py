@@ -1,0 +1,117 @@
+"""The search's script starts or goes on with what an entry says, and reports evaluations as they were."""
+
+from __future__ import annotations
+
+import csv
+import shlex
+import sys
+from pathlib import Path
+
+import pytest
+from recipe_search import ENTRIES, START, Entry, Run, read_entries, read_points, train_all, write_results
+
+from mtrl_imgrad.overlays import parse_config
+
+TASKS = ("reach-v3", "push-v3")
+
+
+def written_run(folder: Path, rows: list[tuple[int, int, float, float | None]]) -> None:
+    """A progress.csv with rows of step, updates, elapsed seconds and, where evaluated, the first task's success; the
+    second task never succeeds."""
+    folder.mkdir(parents=True)
+    with (folder / "progress.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("step", "train/updates", "time/elapsed", *(f"eval/success_rate/{task}" for task in TASKS)))
+        for step, updates, elapsed, success in rows:
+            writer.writerow((step, updates, elapsed, *((success, 0.0) if success is not None else ("", ""))))
+
+
+def test_minutes_count_over_all_processes_of_a_resumed_run(tmp_path):
+    written_run(
+        tmp_path / "run",
+        [(100, 10, 60.0, 0.5), (200, 20, 90.0, None), (300, 30, 30.0, None), (400, 40, 60.0, 1.0)],
+    )
+    points = list(read_points(tmp_path / "run"))
+    assert [(point.step, point.updates, point.minutes, point.mean) for point in points] == [
+        (100, 10, 1.0, 0.25),
+        (400, 40, 2.5, 0.5),
+    ]
+
+
+def test_a_run_without_rows_has_no_points(tmp_path):
+    assert list(read_points(tmp_path)) == []
+
+
+def test_the_table_has_what_was_evaluated_by_then_and_only_of_runs_that_got_there(tmp_path, capsys):
+    rows = [(step, step // 10, step / 10, rate) for step, rate in ((100, 0.2), (200, 0.4), (300, 0.6), (400, 0.8))]
+    written_run(tmp_path / "long-s11", rows)
+    written_run(tmp_path / "short-s11", rows[:2])
+    entries = [Entry("long", "--sac.tau 0.1", "why", (11,)), Entry("short", "", "why", (11, 12))]
+    runs = [Run(entry, seed, tmp_path / f"{entry.name}-s{seed}") for entry in entries for seed in entry.seeds]
+    write_results(runs, [10, 25, 40], tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == (tmp_path / "out/table.md").read_text().splitlines()
+    assert [line.split(" | ")[3:7] for line in lines[2:]] == [
+        ["0.10", "0.20", "0.40", "0.30"],
+        ["0.10", "", "", "0.15"],
+    ]
+    assert lines[2].endswith("| push 0.0 |")
+    assert lines[3].endswith("| reach 0.3, push 0.0 |")
+    with (tmp_path / "out/curves.csv").open(newline="") as file:
+        found = list(csv.DictReader(file))
+    assert len(found) == 2 * (4 + 2)
+    assert found[0] == {
+        "entry": "long",
+        "seed": "11",
+        "step": "100",
+        "updates": "10",
+        "minutes": "0.17",
+        "task": "reach-v3",
+        "success": "0.2",
+    }
+
+
+@pytest.mark.parametrize("entry", read_entries(ENTRIES), ids=lambda entry: entry.name)
+def test_every_entry_is_a_configuration_and_uses_no_seed_of_the_results(entry):
+    command = Run(entry, entry.seeds[0], Path("runs/new")).command(["--threads", "1"])
+    assert command[:4] == [sys.executable, "-m", "mtrl_imgrad", "train"]
+    folder = command.index("--run-dir")
+    config = parse_config(command[4:folder] + command[folder + 2 :])
+    assert (config.seed, config.threads, config.benchmark.tasks) == (entry.seeds[0], 1, ("MT10",))
+    start = parse_config(["--config", str(START), *shlex.split(entry.flags)])
+    assert (config.sac, config.envs, config.aggregator) == (start.sac, start.envs, start.aggregator)
+    assert not {1, 2, 3} & set(entry.seeds)
+
+
+def test_runs_are_trained_resumed_or_left_alone(tmp_path):
+    """Three tiny runs of real tasks: one is finished already, one is to be resumed, one is new."""
+    flags = (
+        "--benchmark.tasks reach-v3 push-v3 --envs.workers 0 --envs.pipeline false --network.width 8 --compile false"
+    )
+    tiny = Entry(
+        "tiny", f"{flags} --sac.steps 1600 --sac.warmup 800 --eval.every 800 --eval.goals-per-task 1", "", (11,)
+    )
+    new, old, done = (Run(tiny, 11, tmp_path / name / "run") for name in ("new", "old", "done"))
+    train_all([new], 1, ["--eval.final", "false"], float("inf"))
+    assert new.done.exists()
+    assert [point.step for point in read_points(new.folder)] == [800, 1600]
+    done.folder.mkdir(parents=True)
+    done.done.touch()
+    new.folder.parent.rename(tmp_path / "moved")
+    old.folder.parent.mkdir()
+    (tmp_path / "moved/run").rename(old.folder)
+    old.done.unlink()
+    train_all([done, old], 2, ["--sac.steps", "2400"], float("inf"))
+    assert old.done.exists()
+    assert [point.step for point in read_points(old.folder)] == [800, 1600, 2400]
+    assert not (done.folder / "config.yaml").exists()
+
+
+def test_a_failed_run_is_tried_again_and_nothing_starts_after_the_given_time(tmp_path):
+    run = Run(Entry("wrong", "--sac.steps 0", "", (11,)), 11, tmp_path / "run")
+    train_all([run], 1, [], float("inf"))
+    assert not run.done.exists()
+    assert "sac.steps" in run.log.read_text()
+    size = run.log.stat().st_size
+    train_all([run], 1, [], float("-inf"))
+    assert run.log.stat().st_size == size
