@@ -4,7 +4,7 @@
 
 An entry is a name, the flags in which it differs from scripts/recipe_start.yaml, why it was tried, and its seeds, which
 are others than those of the results. A run that was stopped goes on, a finished one is not run again. `curves.csv` has
-every evaluation of every run, finished or not; `table.md` their success after some numbers of updates.
+the success of every run, finished or not; `table.md` the mean after some numbers of updates.
 
 Two runs share the two cores, one thread and one worker each, so that minutes are no measure; updates are.
 """
@@ -26,7 +26,9 @@ import yaml
 
 ENTRIES = Path(__file__).with_suffix(".yaml")
 START = Path(__file__).with_name("recipe_start.yaml")
-TAG = "eval/success_rate/"
+TAGS = {"training": "rollout/success_rate/", "evaluation": "eval/success_rate/"}
+"""Success of the episodes since the row before (horizon 200, actions sampled), and of the deterministic policy on a few
+goals (horizon 500)."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Point:
-    """One evaluation during training.
+    """Success at some moment of training.
 
     Attributes:
         step: simulator steps per task.
@@ -106,8 +108,8 @@ def read_entries(path: Path) -> list[Entry]:
     ]
 
 
-def read_points(run: Path) -> Iterator[Point]:
-    """The evaluations of a run so far."""
+def read_points(run: Path, kind: str) -> Iterator[Point]:
+    """The success of a run so far, in training or in evaluations."""
     path = run / "progress.csv"
     if not path.exists():
         return
@@ -117,10 +119,11 @@ def read_points(run: Path) -> Iterator[Point]:
             elapsed = float(row["time/elapsed"])
             before += newest if elapsed < newest else 0.0
             newest = elapsed
-            success = {tag.removeprefix(TAG): float(rate) for tag, rate in row.items() if tag.startswith(TAG) and rate}
+            rates = {tag.removeprefix(TAGS[kind]): rate for tag, rate in row.items() if tag.startswith(TAGS[kind])}
+            success = {task: float(rate) for task, rate in rates.items() if rate}
             if success:
                 minutes = (before + newest) / 60
-                yield Point(int(row["step"]), int(float(row["train/updates"])), minutes, success)
+                yield Point(int(row["step"]), int(float(row["train/updates"] or 0)), minutes, success)
 
 
 def train_all(runs: Sequence[Run], jobs: int, flags: Sequence[str], until: float) -> None:
@@ -143,28 +146,33 @@ def train_all(runs: Sequence[Run], jobs: int, flags: Sequence[str], until: float
 
 
 def write_results(runs: Sequence[Run], updates: Sequence[int], out: Path) -> None:
-    """`curves.csv`, and `table.md` with the mean success at the last evaluation up to each number of updates."""
+    """`curves.csv`, and `table.md` with the mean success in training up to each number of updates, and that of the last
+    evaluation."""
     out.mkdir(parents=True, exist_ok=True)
     with (out / "curves.csv").open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("entry", "seed", "step", "updates", "minutes", "task", "success"))
+        writer.writerow(("entry", "seed", "of", "step", "updates", "minutes", "task", "success"))
         for run in runs:
-            for point in read_points(run.folder):
-                for task, rate in point.success.items():
-                    minutes = round(point.minutes, 2)
-                    writer.writerow((run.entry.name, run.seed, point.step, point.updates, minutes, task, rate))
-    head = ["entry", "flags", "seed", *(f"{each:,}" for each in updates), "last three", "tasks at or below 0.5 then"]
+            for kind in TAGS:
+                for point in read_points(run.folder, kind):
+                    at = (point.step, point.updates, round(point.minutes, 2))
+                    writer.writerows(
+                        (run.entry.name, run.seed, kind, *at, task, round(rate, 4))
+                        for task, rate in point.success.items()
+                    )
+    head = ["entry", "flags", "seed", *(f"{each:,}" for each in updates), "last evaluation", "tasks below 0.8 in it"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     for run in runs:
-        points = list(read_points(run.folder))
-        if points:
-            reached = [[point for point in points if point.updates <= each] for each in updates]
-            going = [points[-1].updates >= 0.9 * each for each in updates]
+        training, evaluation = (list(read_points(run.folder, kind)) for kind in TAGS)
+        if training:
+            reached = [[point for point in training if point.updates <= each] for each in updates]
+            going = [training[-1].updates >= 0.95 * each for each in updates]
             at = [f"{past[-1].mean:.2f}" if past and there else "" for past, there in zip(reached, going, strict=True)]
-            last = points[-3:]
-            rates = {task: statistics.mean(point.success[task] for point in last) for task in last[-1].success}
-            weak = ", ".join(f"{task.removesuffix('-v3')} {rate:.1f}" for task, rate in rates.items() if rate <= 0.5)
-            mean = f"{statistics.mean(rates.values()):.2f}"
+            mean, weak = "", ""
+            if evaluation:
+                rates = evaluation[-1].success
+                mean = f"{evaluation[-1].mean:.2f} at {evaluation[-1].updates:,}"
+                weak = ", ".join(f"{task.removesuffix('-v3')} {rate:.1f}" for task, rate in rates.items() if rate < 0.8)
             cells = [run.entry.name, f"`{run.entry.flags}`" * bool(run.entry.flags), str(run.seed), *at, mean, weak]
             lines.append(f"| {' | '.join(cells)} |")
     (out / "table.md").write_text("\n".join(lines) + "\n")
@@ -180,7 +188,7 @@ def main() -> None:
         "--out", type=Path, default=Path("docs/results/recipe"), help="folder of curves.csv and table.md"
     )
     parser.add_argument(
-        "--updates", type=int, nargs="+", default=[10_000, 20_000, 40_000, 80_000, 160_000], help="columns of the table"
+        "--updates", type=int, nargs="+", default=[10_000, 20_000, 30_000, 40_000], help="columns of the table"
     )
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="minutes after which no run is started")
     options, flags = parser.parse_known_args()

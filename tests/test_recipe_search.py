@@ -17,13 +17,15 @@ TASKS = ("reach-v3", "push-v3")
 
 def written_run(folder: Path, rows: list[tuple[int, int, float, float | None]]) -> None:
     """A progress.csv with rows of step, updates, elapsed seconds and, where evaluated, the first task's success; the
-    second task never succeeds."""
+    second task never succeeds. In training both have half of the first's success."""
     folder.mkdir(parents=True)
     with (folder / "progress.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(("step", "train/updates", "time/elapsed", *(f"eval/success_rate/{task}" for task in TASKS)))
+        tags = [f"{part}/success_rate/{task}" for part in ("eval", "rollout") for task in TASKS]
+        writer.writerow(("step", "train/updates", "time/elapsed", *tags))
         for step, updates, elapsed, success in rows:
-            writer.writerow((step, updates, elapsed, *((success, 0.0) if success is not None else ("", ""))))
+            rates = ("", "", "", "") if success is None else (success, 0.0, success / 2, success / 2)
+            writer.writerow((step, updates, elapsed, *rates))
 
 
 def test_minutes_count_over_all_processes_of_a_resumed_run(tmp_path):
@@ -31,7 +33,7 @@ def test_minutes_count_over_all_processes_of_a_resumed_run(tmp_path):
         tmp_path / "run",
         [(100, 10, 60.0, 0.5), (200, 20, 90.0, None), (300, 30, 30.0, None), (400, 40, 60.0, 1.0)],
     )
-    points = list(read_points(tmp_path / "run"))
+    points = list(read_points(tmp_path / "run", "evaluation"))
     assert [(point.step, point.updates, point.minutes, point.mean) for point in points] == [
         (100, 10, 1.0, 0.25),
         (400, 40, 2.5, 0.5),
@@ -39,7 +41,7 @@ def test_minutes_count_over_all_processes_of_a_resumed_run(tmp_path):
 
 
 def test_a_run_without_rows_has_no_points(tmp_path):
-    assert list(read_points(tmp_path)) == []
+    assert list(read_points(tmp_path, "training")) == []
 
 
 def test_the_table_has_what_was_evaluated_by_then_and_only_of_runs_that_got_there(tmp_path, capsys):
@@ -51,24 +53,18 @@ def test_the_table_has_what_was_evaluated_by_then_and_only_of_runs_that_got_ther
     write_results(runs, [10, 25, 40], tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
     assert lines == (tmp_path / "out/table.md").read_text().splitlines()
-    assert [line.split(" | ")[3:7] for line in lines[2:]] == [
-        ["0.10", "0.20", "0.40", "0.30"],
-        ["0.10", "", "", "0.15"],
-    ]
+    cells = [line.split(" | ")[3:7] for line in lines[2:]]
+    assert cells == [["0.10", "0.20", "0.40", "0.40 at 40"], ["0.10", "", "", "0.20 at 20"]]
     assert lines[2].endswith("| push 0.0 |")
-    assert lines[3].endswith("| reach 0.3, push 0.0 |")
+    assert lines[3].endswith("| reach 0.4, push 0.0 |")
     with (tmp_path / "out/curves.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
-    assert len(found) == 2 * (4 + 2)
-    assert found[0] == {
-        "entry": "long",
-        "seed": "11",
-        "step": "100",
-        "updates": "10",
-        "minutes": "0.17",
-        "task": "reach-v3",
-        "success": "0.2",
-    }
+    assert len(found) == 2 * 2 * (4 + 2)
+    columns = ("entry", "seed", "of", "step", "updates", "minutes", "task", "success")
+    first = ("long", "11", "training", "100", "10", "0.17", "reach-v3", "0.1")
+    assert found[0] == dict(zip(columns, first, strict=True))
+    assert found[8]["of"] == "evaluation"
+    assert found[8]["success"] == "0.2"
 
 
 @pytest.mark.parametrize("entry", read_entries(ENTRIES), ids=lambda entry: entry.name)
@@ -94,7 +90,7 @@ def test_runs_are_trained_resumed_or_left_alone(tmp_path):
     new, old, done = (Run(tiny, 11, tmp_path / name / "run") for name in ("new", "old", "done"))
     train_all([new], 1, ["--eval.final", "false"], float("inf"))
     assert new.done.exists()
-    assert [point.step for point in read_points(new.folder)] == [800, 1600]
+    assert [point.step for point in read_points(new.folder, "evaluation")] == [800, 1600]
     done.folder.mkdir(parents=True)
     done.done.touch()
     new.folder.parent.rename(tmp_path / "moved")
@@ -103,7 +99,7 @@ def test_runs_are_trained_resumed_or_left_alone(tmp_path):
     old.done.unlink()
     train_all([done, old], 2, ["--sac.steps", "2400"], float("inf"))
     assert old.done.exists()
-    assert [point.step for point in read_points(old.folder)] == [800, 1600, 2400]
+    assert [point.step for point in read_points(old.folder, "evaluation")] == [800, 1600, 2400]
     assert not (done.folder / "config.yaml").exists()
 
 
