@@ -116,7 +116,8 @@ class SacUpdate:
         settings = self.settings
         step = state["updates"] + 1
         alpha = state["log_alpha"].exp()
-        rewards = batch.rewards * reward_scales(state["largest_return"], settings.reward_scale)[:, None]
+        scales = reward_scales(state["largest_return"], settings.reward_scale)
+        rewards = batch.rewards * scales[:, None]
         inputs = self.inputs(state["statistics"], batch.observations)
         next_inputs = self.inputs(state["statistics"], batch.next_observations)
 
@@ -173,6 +174,7 @@ class SacUpdate:
             "train/entropy": -log_prob.mean(1),
             "train/q_mean": self.critic_loss.values(outputs).mean((0, 2)),
             "train/target_mean": targets.mean(1),
+            "train/reward_scale": scales,
         }
         return new, Metrics(
             {tag: values.detach() for tag, values in (per_task | critic_step.per_task | actor_step.per_task).items()},
