@@ -14,6 +14,8 @@ import torch
 from mistakes import LONG, TERMINAL, Mistake, Spoil
 from safetensors.torch import load, save
 
+from mtrl_imgrad.checkpoint import FORMAT
+
 CHECKPOINT = "checkpoints/0000000004"
 """That of the trained runs, which have one."""
 MISSING = object()
@@ -48,7 +50,7 @@ def edited(content: bytes, path: tuple[Any, ...], value: object) -> bytes:
 def damaged_manifest(chance: random.Random) -> Mistake:
     """A manifest that is gone, is none, is another checkpoint's, names other files or vouches for other contents."""
     wrong: dict[tuple[str, ...], tuple[object, ...]] = {
-        ("format",): (1, 2, 4, -1, 10**300, True),
+        ("format",): (1, FORMAT - 1, FORMAT + 1, -1, 10**300, True),
         ("step",): (*NO_NUMBERS, 3, 5),
         ("kept",): (MISSING,),
         ("resumable",): (MISSING, False),

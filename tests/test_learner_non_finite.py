@@ -88,4 +88,4 @@ def test_a_finite_update_counts_nothing_and_changes_everything():
     learner = small_learner()
     before = state_copy(learner)
     update(learner)
-    assert changed(before, learner) == set(before) - {"non_finite", "statistics"}
+    assert changed(before, learner) == set(before) - {"non_finite", "statistics", "noise", "returns", "largest_return"}

@@ -8,6 +8,7 @@ import yaml
 from tiny_world import make_world, tiny_config
 from written_runs import TASKS, write_run
 
+from mtrl_imgrad.checkpoint import FORMAT
 from mtrl_imgrad.config import EvalConfig
 from mtrl_imgrad.run_folder import find_run_folders, read_run_folder
 from mtrl_imgrad.trainer import train
@@ -19,7 +20,7 @@ def _checkpoint(folder, step):
     place = folder / "checkpoints" / f"{step:010d}"
     place.mkdir(parents=True)
     state = {"size": 0, "sha256": ""}
-    manifest = {"format": 3, "step": step, "kept": False, "resumable": True, "files": {"state.json": state}}
+    manifest = {"format": FORMAT, "step": step, "kept": False, "resumable": True, "files": {"state.json": state}}
     (place / "manifest.json").write_text(json.dumps(manifest))
 
 
