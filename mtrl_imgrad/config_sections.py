@@ -152,6 +152,9 @@ class SacConfig:
     """Norm clip of the aggregated gradient, actor and critics apart; 0 switches it off."""
     initial_temperature: float = 1.0
     """Initial temperature alpha of every task (classic SAC: 1)."""
+    min_temperature: float = 0.0
+    """Lower bound of every temperature. Where values hardly differ between actions, a temperature at its bound lets the
+    policy's entropy rise above target_entropy."""
     target_entropy: float = -4.0
     """Entropy in nats that the temperature steers each task's policy to (classic SAC: minus the number of action
     entries, -4)."""
@@ -159,9 +162,10 @@ class SacConfig:
     """One temperature for all tasks instead of one per task."""
     reward_scale: float = 1.0
     """Factor on every reward, applied when a batch is sampled."""
-    return_scaling: bool = False
-    """Divide each task's rewards by the largest discounted return that the task has shown so far, when a batch is
-    sampled and before reward_scale, so that all tasks' values have one size (after BRC and SimbaV2)."""
+    return_scaling: Literal["none", "largest", "rms"] = "none"
+    """Divide each task's rewards by a size of the discounted returns that the task has shown so far, when a batch is
+    sampled and before reward_scale, so that all tasks' values have one size: their largest (after BRC and SimbaV2), or
+    their root mean square."""
     nan_policy: Literal["raise", "skip"] = "raise"
     """A NaN or an infinity never gets into parameters, statistics or the replay, whatever this is. raise: the run ends,
     naming task and loss (at the next log row), or task, environment, goal and step of a transition whose reward or
@@ -190,6 +194,8 @@ class SacConfig:
             require(0 <= value < math.inf, f"sac.{name}", value, "zero or positive, and finite")
         require(0 <= self.warmup <= MOST_STEPS, "sac.warmup", self.warmup, f"between 0 and {MOST_STEPS}")
         require(0 <= self.gamma <= 1, "sac.gamma", self.gamma, "between 0 and 1")
+        bounded = 0 <= self.min_temperature <= self.initial_temperature
+        require(bounded, "sac.min_temperature", self.min_temperature, "between 0 and sac.initial_temperature")
         correlation = self.noise_correlation
         require(0 <= correlation < 1, "sac.noise_correlation", correlation, "at least 0 and below 1")
         require(0 < self.tau <= 1, "sac.tau", self.tau, "above 0 and at most 1")

@@ -53,7 +53,8 @@ class Learner:
             "statistics": self.sac.inputs.initial_statistics(observation_size, device),
             "noise": torch.zeros(tasks, config.envs.envs_per_task, action_size, device=device),
             "returns": torch.zeros(tasks, config.envs.envs_per_task, device=device),
-            "largest_return": torch.zeros(tasks, device=device),
+            "return_size": torch.zeros(tasks, device=device),
+            "return_steps": torch.zeros((), dtype=torch.float64, device=device),
         }
         for name, vector in (("critic", critic), ("actor", actor), ("log_alpha", log_alpha)):
             self.state |= {name: vector, f"{name}/m": torch.zeros_like(vector), f"{name}/v": torch.zeros_like(vector)}
@@ -75,9 +76,10 @@ class Learner:
 
     def observe_rewards(self, rewards: Float[Tensor, "tasks envs"], ended: Bool[Tensor, "tasks envs"]) -> None:
         """Take the rewards of a vector step, and where they ended an episode, into the returns that scale them."""
-        if self.config.sac.return_scaling:
-            state = self.state
-            observe_returns(state["returns"], state["largest_return"], rewards, ended, self.config.sac.gamma)
+        sac, state = self.config.sac, self.state
+        if sac.return_scaling != "none":
+            names = ("returns", "return_size", "return_steps")
+            observe_returns(*(state[name] for name in names), rewards, ended, sac.gamma, sac.return_scaling)
 
     def explore(self, white: Float[Tensor, "tasks envs actions"]) -> Float[Tensor, "tasks envs actions"]:
         """The noise of the next decision, from standard normal numbers and the noise of the one before: an AR(1)

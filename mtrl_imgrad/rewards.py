@@ -3,6 +3,8 @@ literature, when they are sampled."""
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
@@ -50,25 +52,34 @@ class RewardNormalizer:
 
 def observe_returns(
     returns: Float[Tensor, "tasks envs"],
-    largest: Float[Tensor, " tasks"],
+    size: Float[Tensor, " tasks"],
+    steps: Float[Tensor, ""],
     rewards: Float[Tensor, "tasks envs"],
     ended: Bool[Tensor, "tasks envs"],
     gamma: float,
+    measure: Literal["largest", "rms"],
 ) -> None:
-    """Take one vector step's rewards into the running discounted returns and each task's largest one, in place.
+    """Take one vector step's rewards into the running discounted returns and the size of each task's, in place.
 
-    `G <- gamma G + r` within an episode, from 0; `largest <- max(largest, |G|)`. To divide a task's rewards by its
-    largest return gives all tasks values of one size, however far each of them has got. SimbaV2 (Lee et al. 2025,
-    arXiv 2502.15280, reward scaling) divides by `max(sqrt(var G), max |G| / 5)`; BRC (Nauman et al. 2025, arXiv
-    2505.23150) by the largest return-to-go of an episode over 10, per task. Ours is the second with the first's G.
+    `G <- gamma G + r` within an episode, from 0. `largest`: `size <- max(size, |G|)`; `rms`: the root of the mean of
+    G^2 over all steps so far. To divide a task's rewards by that size gives all tasks values of one size, however far
+    each of them has got. SimbaV2 (Lee et al. 2025, arXiv 2502.15280, reward scaling) divides by `max(sqrt(var G), max
+    |G| / 5)`; BRC (Nauman et al. 2025, arXiv 2505.23150) by the largest return-to-go of an episode over 10, per task.
+    Ours is the second with the first's G; `rms` is the first without its bound, about 0 instead of the mean.
 
     Args:
         returns: G of every environment.
-        largest: `max |G|` of every task so far; 0 before the first reward.
+        size: of every task's returns so far; 0 before the first reward.
+        steps: vector steps so far.
         rewards: of the step.
         ended: where the episode ended with it, or it is not to be counted.
         gamma: discount per decision.
+        measure: which size.
     """
     returns.mul_(gamma).add_(rewards)
-    torch.maximum(largest, returns.abs().amax(1), out=largest)
+    steps.add_(1)
+    if measure == "largest":
+        torch.maximum(size, returns.abs().amax(1), out=size)
+    else:
+        size.copy_(torch.lerp(size.square(), returns.square().mean(1), (1 / steps).to(size.dtype)).sqrt())
     returns.masked_fill_(ended, 0.0)

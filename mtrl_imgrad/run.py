@@ -24,6 +24,7 @@ from mtrl_imgrad.interruption import Interruption
 from mtrl_imgrad.kept_checkpoints import choose_checkpoint, has_checkpoint
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.logs import EpisodeStatistics
+from mtrl_imgrad.precision import precision_warning
 from mtrl_imgrad.replay import Replay
 from mtrl_imgrad.rewards import RewardNormalizer
 from mtrl_imgrad.run_output import RunOutput
@@ -188,8 +189,10 @@ class Run:
             f"watch: tensorboard --logdir {shlex.quote(str(self.folder / 'tensorboard'))}"
             if config.log.tensorboard
             else "TensorBoard is off",
+            precision_warning(config.precision, self.device),
         ):
-            self.log.print(line)
+            if line:
+                self.log.print(line)
 
     def compile_update(self) -> None:
         """Compile the update where that is configured and there is one to come, and say how long it took."""

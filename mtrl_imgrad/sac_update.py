@@ -8,6 +8,7 @@ non-finite loss or gradient changes nothing but the counters of `non_finite`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TypeAlias
@@ -21,10 +22,10 @@ from mtrl_imgrad.aggregators import Aggregation, Aggregator, Mean
 from mtrl_imgrad.config import Config, SacConfig
 from mtrl_imgrad.diagnostics import gradient_cosines, gradient_statistics
 from mtrl_imgrad.networks import Actor, Layout, ObservationInput, Tape, TwinCritic
+from mtrl_imgrad.precision import PRODUCT_DTYPES
 from mtrl_imgrad.replay import Batch
 from mtrl_imgrad.task_gradients import Gradients, TaskGradients, chunked_task_gradients, task_gradients
 
-PRODUCT_DTYPES = {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
 BETAS = (0.9, 0.999)
 """Adam's decay rates, torch's defaults."""
 LOSSES = ("critic loss", "actor loss", "temperature loss")
@@ -85,9 +86,9 @@ def temperature_gradient(log_prob: Float[Tensor, "tasks rows"], settings: SacCon
     return gradient.mean().expand_as(gradient) if settings.shared_temperature else gradient
 
 
-def reward_scales(largest_return: Float[Tensor, " tasks"], scale: float) -> Float[Tensor, " tasks"]:
-    """The factor on each task's rewards: `scale`, by the task's largest return where one has been seen."""
-    return scale / torch.where(largest_return > 0, largest_return, 1.0)
+def reward_scales(return_size: Float[Tensor, " tasks"], scale: float) -> Float[Tensor, " tasks"]:
+    """The factor on each task's rewards: `scale`, by the size of the task's returns where one has been seen."""
+    return scale / torch.where(return_size > 0, return_size, 1.0)
 
 
 @dataclass
@@ -116,7 +117,7 @@ class SacUpdate:
         settings = self.settings
         step = state["updates"] + 1
         alpha = state["log_alpha"].exp()
-        scales = reward_scales(state["largest_return"], settings.reward_scale)
+        scales = reward_scales(state["return_size"], settings.reward_scale)
         rewards = batch.rewards * scales[:, None]
         inputs = self.inputs(state["statistics"], batch.observations)
         next_inputs = self.inputs(state["statistics"], batch.next_observations)
@@ -128,6 +129,8 @@ class SacUpdate:
         temperature_losses = sac.temperature_losses(state["log_alpha"], log_prob, settings.target_entropy)
         gradient, adam_eps = temperature_gradient(log_prob, settings), settings.adam_eps
         new = adamw(state, "log_alpha", gradient, step, settings.temperature_lr, adam_eps, weight_decay=0.0)
+        if settings.min_temperature:
+            new["log_alpha"] = new["log_alpha"].clamp(min=math.log(settings.min_temperature))
 
         with torch.no_grad():
             next_encoding = self.critic.encode(state["critic"], next_inputs)

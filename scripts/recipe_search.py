@@ -3,8 +3,9 @@
     python scripts/recipe_search.py --jobs 2 --runs runs/recipe --out docs/results/recipe
 
 An entry is a name, the flags in which it differs from scripts/recipe_start.yaml, why it was tried, and its seeds, which
-are others than those of the results. A run that was stopped goes on, a finished one is not run again. `curves.csv` has
-the success of every run, finished or not; `table.md` the mean after some numbers of updates.
+are others than those of the results. A run that was stopped goes on, a finished one is not run again. `curves.csv` is
+the record: the success of every run, finished or not. Runs whose folders are here replace their rows, those of others
+stay, so that a search may go on elsewhere. `table.md` has the mean after some numbers of updates.
 
 Two runs share the two cores, one thread and one worker each, so that minutes are no measure; updates are.
 """
@@ -21,6 +22,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeAlias
 
 import yaml
 
@@ -29,6 +31,10 @@ START = Path(__file__).with_name("recipe_start.yaml")
 TAGS = {"training": "rollout/success_rate/", "evaluation": "eval/success_rate/"}
 """Success of the episodes since the row before (horizon 200, actions sampled), and of the deterministic policy on a few
 goals (horizon 500)."""
+
+COLUMNS = ("entry", "seed", "of", "step", "updates", "minutes", "task", "success")
+Record: TypeAlias = dict[tuple[str, int], list[dict[str, str]]]
+"""Rows of curves.csv, by entry and seed."""
 
 
 @dataclass(frozen=True)
@@ -96,10 +102,6 @@ class Point:
     minutes: float
     success: dict[str, float]
 
-    @property
-    def mean(self) -> float:
-        return statistics.mean(self.success.values())
-
 
 def read_entries(path: Path) -> list[Entry]:
     return [
@@ -145,36 +147,74 @@ def train_all(runs: Sequence[Run], jobs: int, flags: Sequence[str], until: float
                     run.done.touch()
 
 
+def read_record(path: Path) -> Record:
+    """The rows of curves.csv, run by run in their order; empty where there is none yet."""
+    found: Record = {}
+    if path.exists():
+        with path.open(newline="") as file:
+            for row in csv.DictReader(file):
+                found.setdefault((row["entry"], int(row["seed"])), []).append(row)
+    return found
+
+
+def rows_of(run: Run) -> Iterator[dict[str, str]]:
+    """What curves.csv has of a run folder."""
+    for kind in TAGS:
+        for point in read_points(run.folder, kind):
+            at = (point.step, point.updates, round(point.minutes, 2))
+            for task, rate in point.success.items():
+                values = (run.entry.name, run.seed, kind, *at, task, round(rate, 4))
+                yield dict(zip(COLUMNS, map(str, values), strict=True))
+
+
+def means(rows: Sequence[dict[str, str]], kind: str) -> dict[int, dict[str, float]]:
+    """Success of each task after each number of updates."""
+    found: dict[int, dict[str, float]] = {}
+    for row in rows:
+        if row["of"] == kind:
+            found.setdefault(int(row["updates"]), {})[row["task"]] = float(row["success"])
+    return found
+
+
+def table_row(entry: Entry, seed: int, rows: Sequence[dict[str, str]], updates: Sequence[int]) -> str:
+    """Mean success in training up to each number of updates, and that of the last evaluation."""
+    training, evaluation = means(rows, "training"), means(rows, "evaluation")
+    last = max(training)
+    reached = [max((at for at in training if at <= each), default=None) for each in updates]
+    cells = [
+        f"{statistics.mean(training[at].values()):.2f}" if at is not None and last >= 0.95 * each else ""
+        for at, each in zip(reached, updates, strict=True)
+    ]
+    mean, weak = "", ""
+    if evaluation:
+        rates = evaluation[max(evaluation)]
+        mean = f"{statistics.mean(rates.values()):.2f} at {max(evaluation):,}"
+        weak = ", ".join(f"{task.removesuffix('-v3')} {rate:.1f}" for task, rate in rates.items() if rate < 0.8)
+    flags = f"`{entry.flags}`" * bool(entry.flags)
+    return f"| {' | '.join([entry.name, flags, str(seed), *cells, mean, weak])} |"
+
+
 def write_results(runs: Sequence[Run], updates: Sequence[int], out: Path) -> None:
-    """`curves.csv`, and `table.md` with the mean success in training up to each number of updates, and that of the last
-    evaluation."""
+    """Put the runs whose folders are here in the place of their rows in `curves.csv`, keep the rows of others, and make
+    `table.md` of all."""
     out.mkdir(parents=True, exist_ok=True)
+    record = read_record(out / "curves.csv")
+    for run in runs:
+        if rows := list(rows_of(run)):
+            record[run.entry.name, run.seed] = rows
     with (out / "curves.csv").open("w", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(("entry", "seed", "of", "step", "updates", "minutes", "task", "success"))
-        for run in runs:
-            for kind in TAGS:
-                for point in read_points(run.folder, kind):
-                    at = (point.step, point.updates, round(point.minutes, 2))
-                    writer.writerows(
-                        (run.entry.name, run.seed, kind, *at, task, round(rate, 4))
-                        for task, rate in point.success.items()
-                    )
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        for rows in record.values():
+            writer.writerows(rows)
     head = ["entry", "flags", "seed", *(f"{each:,}" for each in updates), "last evaluation", "tasks below 0.8 in it"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
-    for run in runs:
-        training, evaluation = (list(read_points(run.folder, kind)) for kind in TAGS)
-        if training:
-            reached = [[point for point in training if point.updates <= each] for each in updates]
-            going = [training[-1].updates >= 0.95 * each for each in updates]
-            at = [f"{past[-1].mean:.2f}" if past and there else "" for past, there in zip(reached, going, strict=True)]
-            mean, weak = "", ""
-            if evaluation:
-                rates = evaluation[-1].success
-                mean = f"{evaluation[-1].mean:.2f} at {evaluation[-1].updates:,}"
-                weak = ", ".join(f"{task.removesuffix('-v3')} {rate:.1f}" for task, rate in rates.items() if rate < 0.8)
-            cells = [run.entry.name, f"`{run.entry.flags}`" * bool(run.entry.flags), str(run.seed), *at, mean, weak]
-            lines.append(f"| {' | '.join(cells)} |")
+    known = {(run.entry.name, run.seed): run.entry for run in runs}
+    lines += [
+        table_row(known[name, seed], seed, record[name, seed], updates)
+        for name, seed in known
+        if means(record.get((name, seed), []), "training")
+    ]
     (out / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

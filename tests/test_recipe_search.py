@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import shlex
+import shutil
 import sys
 from pathlib import Path
 
@@ -34,9 +35,9 @@ def test_minutes_count_over_all_processes_of_a_resumed_run(tmp_path):
         [(100, 10, 60.0, 0.5), (200, 20, 90.0, None), (300, 30, 30.0, None), (400, 40, 60.0, 1.0)],
     )
     points = list(read_points(tmp_path / "run", "evaluation"))
-    assert [(point.step, point.updates, point.minutes, point.mean) for point in points] == [
-        (100, 10, 1.0, 0.25),
-        (400, 40, 2.5, 0.5),
+    assert [(point.step, point.updates, point.minutes, list(point.success.values())) for point in points] == [
+        (100, 10, 1.0, [0.5, 0.0]),
+        (400, 40, 2.5, [1.0, 0.0]),
     ]
 
 
@@ -65,6 +66,26 @@ def test_the_table_has_what_was_evaluated_by_then_and_only_of_runs_that_got_ther
     assert found[0] == dict(zip(columns, first, strict=True))
     assert found[8]["of"] == "evaluation"
     assert found[8]["success"] == "0.2"
+
+
+def test_rows_of_runs_that_are_not_here_stay_and_those_of_runs_that_are_here_are_renewed(tmp_path, capsys):
+    entry = Entry("one", "", "why", (11, 12))
+    runs = [Run(entry, seed, tmp_path / f"one-s{seed}") for seed in entry.seeds]
+    for run in runs:
+        written_run(run.folder, [(100, 10, 60.0, 0.4)])
+    write_results(runs, [10], tmp_path / "out")
+    before = (tmp_path / "out/curves.csv").read_text()
+    runs[0].folder.rename(tmp_path / "elsewhere")
+    write_results(runs, [10], tmp_path / "out")
+    assert (tmp_path / "out/curves.csv").read_text() == before
+    shutil.rmtree(runs[1].folder)
+    written_run(runs[1].folder, [(100, 10, 60.0, 0.4), (200, 20, 120.0, 0.8)])
+    capsys.readouterr()
+    write_results(runs, [10], tmp_path / "out")
+    lines = capsys.readouterr().out.splitlines()
+    cells = [line.split(" | ")[-3:-1] for line in lines[2:]]
+    assert cells == [["0.20", "0.20 at 10"], ["0.20", "0.40 at 20"]]
+    assert (tmp_path / "out/curves.csv").read_text().startswith(before[: before.index("one,12")])
 
 
 @pytest.mark.parametrize("entry", read_entries(ENTRIES), ids=lambda entry: entry.name)

@@ -68,7 +68,7 @@ def soft_targets(update: SacUpdate, state: State, batch: Batch, noise: Tensor) -
     actions, log_prob = sac.tanh_gaussian(*update.actor(state["actor"], encoding), noise)
     encoding = update.critic.encode(state["target_critic"], inputs)
     values = update.critic_loss.values(update.critic(state["target_critic"], encoding, actions))
-    rewards = batch.rewards * reward_scales(state["largest_return"], update.settings.reward_scale)[:, None]
+    rewards = batch.rewards * reward_scales(state["return_size"], update.settings.reward_scale)[:, None]
     return sac.soft_target(rewards, batch.discounts, values, log_prob, state["log_alpha"].exp())
 
 

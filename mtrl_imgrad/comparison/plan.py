@@ -77,9 +77,10 @@ class PlannedRun:
             raise UserError(f"out: {self.folder} is a run of another comparison; {error}") from None
         if is_locked(self.folder):
             return "running"
-        trained = found.planned_steps == self.last_step <= found.checkpoint_step
-        evaluated = found.final_success is not None or not self.config.eval.final
-        return "finished" if trained and evaluated else "interrupted"
+        # The final evaluation comes after the last checkpoint, which need not be kept, e.g. among published results.
+        saved = not self.config.eval.final and self.last_step <= found.checkpoint_step
+        ended = found.planned_steps == self.last_step and (found.final_success is not None or saved)
+        return "finished" if ended else "interrupted"
 
     def step(self) -> int:
         """Simulator steps per task of the newest checkpoint, 0 without one."""

@@ -6,6 +6,7 @@ import functools
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -168,6 +169,16 @@ class TestRuns:
         (asked,) = tiny_plan(tmp_path, ("mean",), (1,), "--eval.final", "True")
         assert finish([asked]).of("finished") == [asked]
         assert last_row(run.folder / "eval.csv")["step"] == "60"
+
+    def test_one_whose_checkpoints_were_not_kept_stays_finished(self, tmp_path):
+        finish(tiny_plan(tmp_path))
+        measured = results(tmp_path)
+        for path in tmp_path.glob("*/checkpoints"):
+            shutil.rmtree(path)
+        progress = finish(runs := tiny_plan(tmp_path))
+        assert progress.of("finished") == list(runs)
+        assert results(tmp_path) == measured
+        assert not list(tmp_path.glob("*/checkpoints"))
 
     def test_a_longer_budget_goes_on_with_what_was_trained(self, tmp_path):
         finish(tiny_plan(tmp_path, ("mean",)))

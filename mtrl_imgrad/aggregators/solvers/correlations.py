@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.solvers.active_set import RIDGES
+from mtrl_imgrad.aggregators.solvers.ridges import smallest_ridge
 
 
 class Correlations(NamedTuple):
@@ -35,9 +35,6 @@ def correlations(gramian: Float[Tensor, "*batch tasks tasks"], active: Bool[Tens
     identity = torch.eye(gramian.shape[-1], dtype=gramian.dtype, device=gramian.device)
     matrix = gramian / (norms[..., :, None] * norms[..., None, :])
     matrix = torch.where(identity > 0, 1.0, matrix)  # exactly 1, and for inactive tasks too
-    ridges = torch.logspace(-13, -1, len(RIDGES), dtype=gramian.dtype, device=gramian.device)
-    failed = torch.linalg.cholesky_ex(matrix[..., None, :, :] + ridges[:, None, None] * identity).info != 0
-    index = failed.int().cumprod(-1).sum(-1).clamp(max=len(RIDGES) - 1)
-    ridge = ridges.take(index)
+    ridge = smallest_ridge(matrix, torch.ones_like(norms))
     matrix = matrix + ridge[..., None, None] * identity
     return Correlations(norms, matrix, torch.linalg.cholesky_ex(matrix).L, ridge)

@@ -22,7 +22,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from mtrl_imgrad.aggregators.solvers.active_set import RIDGES, TIE_BREAK, active_set, near_zero
+from mtrl_imgrad.aggregators.solvers.active_set import TIE_BREAK, active_set, near_zero
+from mtrl_imgrad.aggregators.solvers.ridges import smallest_ridge
 
 Route = Literal["auto", "device", "host"]
 ROUTES: tuple[Route, ...] = ("auto", "device", "host")
@@ -128,11 +129,7 @@ def scaled(problem: Problem) -> Problem:
 
 def with_ridge(problem: Problem) -> tuple[Tensor, Tensor]:
     """M + delta diag(row_norms) for the smallest delta that makes it numerically positive definite, and that delta."""
-    ridges = torch.logspace(-13, -1, len(RIDGES), dtype=torch.float64, device=problem.matrix.device)
-    diagonals = torch.where(problem.active[..., None, :], ridges[:, None] * problem.row_norms[..., None, :], 1.0)
-    failed = torch.linalg.cholesky_ex(problem.matrix[..., None, :, :] + torch.diag_embed(diagonals)).info != 0
-    index = failed.int().cumprod(-1).sum(-1).clamp(max=len(RIDGES) - 1)
-    ridge = ridges.take(index)  # indexing by a tensor without dimensions would wait for the device
+    ridge = smallest_ridge(problem.matrix, torch.where(problem.active, problem.row_norms, 1.0))
     return problem.matrix + torch.diag_embed(ridge[..., None] * problem.row_norms), ridge
 
 
