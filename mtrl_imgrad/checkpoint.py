@@ -31,7 +31,7 @@ from torch import Tensor
 
 from mtrl_imgrad.files import read_object, sync, write_whole
 
-FORMAT = 4
+FORMAT = 5
 """1 held no running episodes, and neither 1 nor 2 had a manifest."""
 READS = f"this version reads {FORMAT}; use the one that versions.json names."
 FILE_NAME = re.compile(r"[a-z0-9_-]+\.(json|safetensors)")

@@ -10,9 +10,12 @@ import torch
 from small_learner import RULES, draw_noise, random_batch, small_learner, update
 from tiny_world import make_world, tiny_config, tiny_sac
 from torch import Tensor
+from torch._inductor.decomposition import select_decomp_table
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from mtrl_imgrad import train
 from mtrl_imgrad.aggregators import Aggregation, Aggregator, ConicGrad, IMGrad, Mean, NashMTL
+from mtrl_imgrad.aggregators.solvers import dual_cone, simplex
 from mtrl_imgrad.compilation import CapturedUpdate, CompiledUpdate, compile_sac
 from mtrl_imgrad.learner import Learner
 from mtrl_imgrad.replay import Batch
@@ -239,6 +242,29 @@ def update_on_meta(rule: Aggregator) -> State:
 @pytest.mark.parametrize("name", RULES | STATEFUL)
 def test_no_update_looks_at_a_value(name):
     assert update_on_meta((RULES | STATEFUL)[name])["critic"].device.type == "meta"
+
+
+LARGE = pytest.param("imgrad_nash", marks=pytest.mark.slow)  # 15,000 operations
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name != "imgrad_nash"] + [LARGE])
+def test_no_rule_looks_at_a_value_once_a_compiler_has_taken_its_operations_apart(name, monkeypatch):
+    """As on a GPU, where the rule is part of the graph: inductor replaces operations by simpler ones before it
+    compiles, and one of them (`take`) looked at its index there. It raises where a value is looked at."""
+    for solver in (simplex, dual_cone):  # every step has the same operations
+        monkeypatch.setattr(solver, "INTERIOR_POINT_STEPS", 3)
+    rule, tasks, generator = RULES[name], 3, torch.Generator().manual_seed(1)
+    parameters = 7 if rule.needs == "jacobian" else 0
+    state, noise = rule.initial_state((tasks,), parameters), rule.draw_noise(tasks, generator, 7)
+
+    def weights(jacobian: Tensor, losses: Tensor, noise: Tensor | None, *held: Tensor) -> Tensor:
+        whole = jacobian if parameters else None
+        remembered = dict(zip(state, held, strict=True))
+        return rule.aggregate(jacobian @ jacobian.T, noise, losses, whole, remembered).weights
+
+    trace = make_fx(weights, tracing_mode="fake", decomposition_table=select_decomp_table())
+    graph = trace(torch.randn(tasks, 7, generator=generator), torch.ones(tasks), noise, *state.values()).graph
+    assert not [node for node in graph.nodes if "local_scalar" in str(node.target) or "nonzero" in str(node.target)]
 
 
 @dataclass(frozen=True)

@@ -83,17 +83,37 @@ def test_reward_scale_is_a_factor_on_every_reward():
     assert changed(state_copy(plain), scaled) == set()
 
 
-def test_return_scaling_divides_each_tasks_rewards_by_its_largest_return():
-    scaled, plain, batch = small_learner(return_scaling=True, reward_scale=3.0), small_learner(), random_batch()
+@pytest.mark.parametrize("size", ["largest", "rms"])
+def test_return_scaling_divides_each_tasks_rewards_by_the_size_of_its_returns(size):
+    scaled, plain, batch = small_learner(return_scaling=size, reward_scale=3.0), small_learner(), random_batch()
     seen = torch.tensor([4.0, 0.0, 0.5][:TASKS])  # 0: nothing yet, so nothing is divided
     scaled.observe_rewards(seen[:, None], torch.zeros(TASKS, 1, dtype=torch.bool))
     update(scaled, batch)
     factors = torch.tensor([3 / 4, 3.0, 6.0][:TASKS])
     update(plain, replace(batch, rewards=factors[:, None] * batch.rewards))
-    assert changed(state_copy(plain), scaled) == {"returns", "largest_return"}
+    assert changed(state_copy(plain), scaled) == {"returns", "return_size", "return_steps"}
 
 
 # Temperatures
+
+
+def test_no_temperature_falls_below_its_bound():
+    """A target entropy far below the policy's lets every temperature fall."""
+    free, bounded = (
+        small_learner(min_temperature=least, target_entropy=-50.0, temperature_lr=0.1) for least in (0.0, 0.25)
+    )
+    for seed in range(10):
+        for learner in (free, bounded):
+            update(learner, seed=seed)
+    assert free.state["log_alpha"].exp().max() < 0.2
+    torch.testing.assert_close(bounded.state["log_alpha"].exp(), torch.full((TASKS,), 0.25))
+
+
+def test_a_temperature_above_its_bound_is_not_touched():
+    free, bounded = (small_learner(min_temperature=least, target_entropy=5.0) for least in (0.0, 0.25))
+    for learner in (free, bounded):
+        update(learner)
+    assert changed(state_copy(free), bounded) == set()
 
 
 def test_each_temperature_follows_its_own_tasks_entropy():
@@ -333,10 +353,11 @@ def test_statistics_move_only_where_normalisation_is_asked_for():
 
 
 def test_returns_move_only_where_rewards_are_scaled_by_them():
-    for wanted in (False, True):
+    for wanted in ("none", "largest", "rms"):
         learner = small_learner(return_scaling=wanted)
         learner.observe_rewards(torch.ones(TASKS, 1), torch.zeros(TASKS, 1, dtype=torch.bool))
-        assert bool(learner.state["largest_return"].any()) == bool(learner.state["returns"].any()) == wanted
+        moved = {name for name in ("returns", "return_size", "return_steps") if learner.state[name].any()}
+        assert moved == (set() if wanted == "none" else {"returns", "return_size", "return_steps"})
 
 
 def test_parameter_counts_are_those_of_the_layers():

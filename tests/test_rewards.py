@@ -59,28 +59,51 @@ def test_state_round_trip_goes_on_with_the_same_numbers():
     np.testing.assert_array_equal([second(row) for row in rewards[5:]], expected)
 
 
-def test_the_largest_return_is_that_of_any_part_of_an_episode_of_the_task():
+@pytest.mark.parametrize("measure", ["largest", "rms"])
+def test_the_size_of_returns_is_that_over_all_parts_of_episodes_of_the_task(measure):
     """By hand, episode by episode: the sum of gamma^(t - j) r_j from the episode's start to every t."""
     random, gamma, steps, tasks, envs = np.random.default_rng(2), 0.8, 40, 3, 2
     rewards, ended = random.normal(0.3, 1.0, (steps, tasks, envs)), random.random((steps, tasks, envs)) < 0.2
-    returns, largest = torch.zeros(tasks, envs, dtype=torch.float64), torch.zeros(tasks, dtype=torch.float64)
+    state = return_state(tasks, envs)
     for step in range(steps):
-        observe_returns(returns, largest, torch.tensor(rewards[step]), torch.tensor(ended[step]), gamma)
+        observe_returns(*state, torch.tensor(rewards[step]), torch.tensor(ended[step]), gamma, measure)
         for task in range(tasks):
-            seen = 0.0
+            seen = []
             for env in range(envs):
                 start = 0
                 for t in range(step + 1):
                     discounts = gamma ** np.arange(t - start, -1, -1)
-                    seen = max(seen, abs(discounts @ rewards[start : t + 1, task, env]))
+                    seen.append(abs(discounts @ rewards[start : t + 1, task, env]))
                     start = t + 1 if ended[t, task, env] else start
-            assert float(largest[task]) == pytest.approx(seen, rel=1e-12)
+            expected = max(seen) if measure == "largest" else math.sqrt(np.mean(np.square(seen)))
+            assert float(state[1][task]) == pytest.approx(expected, rel=1e-12)
 
 
-def test_values_of_tasks_of_any_size_get_one_size():
-    """Constant rewards: a whole episode's return, divided by the largest, is near 1 for every task."""
+@pytest.mark.parametrize("measure", ["largest", "rms"])
+def test_values_of_tasks_of_any_size_get_one_size(measure):
+    """Constant rewards: a long episode's return, divided by the size, is near 1 for every task."""
     rewards, gamma = torch.tensor([[0.01], [1.0], [100.0]], dtype=torch.float64), 0.9
-    returns, largest = torch.zeros(3, 1, dtype=torch.float64), torch.zeros(3, dtype=torch.float64)
-    for _ in range(200):
-        observe_returns(returns, largest, rewards, torch.zeros(3, 1, dtype=torch.bool), gamma)
-    torch.testing.assert_close(rewards[:, 0] / (1 - gamma) / largest, torch.ones(3, dtype=torch.float64))
+    state = return_state(3, 1)
+    for _ in range(2000):
+        observe_returns(*state, rewards, torch.zeros(3, 1, dtype=torch.bool), gamma, measure)
+    values = rewards[:, 0] / (1 - gamma) / state[1]
+    torch.testing.assert_close(values, torch.ones(3, dtype=torch.float64), atol=0.01, rtol=0)
+
+
+def test_one_lucky_return_is_outweighed_by_time_in_the_root_mean_square_alone():
+    sizes = {}
+    for measure in ("largest", "rms"):
+        state = return_state(1, 1)
+        for step in range(1000):
+            reward = torch.full((1, 1), 100.0 if step == 10 else 0.1, dtype=torch.float64)
+            observe_returns(*state, reward, torch.ones(1, 1, dtype=torch.bool), 0.9, measure)
+        sizes[measure] = float(state[1])
+    assert sizes["largest"] == 100
+    assert sizes["rms"] == pytest.approx(math.sqrt((100**2 + 999 * 0.1**2) / 1000))
+    assert sizes["rms"] < 4
+
+
+def return_state(tasks: int, envs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns, sizes and steps as a learner starts with them, in float64."""
+    returns, size = torch.zeros(tasks, envs, dtype=torch.float64), torch.zeros(tasks, dtype=torch.float64)
+    return returns, size, torch.zeros((), dtype=torch.float64)
