@@ -130,6 +130,9 @@ class SacConfig:
     """Correlation rho of the policy's noise from one decision to the next, in training: n <- rho n + sqrt(1 - rho^2) w
     with w standard normal, and so is n. 0 is SAC's white noise; correlated noise explores further (Eberhard et al.
     2023, of pink noise)."""
+    random_start: int = 0
+    """Most decisions at the start of a training episode that are uniformly random instead of the policy's, correlated as
+    its noise is; each episode draws its number between 0 and this, so that the policy sees itself in other places."""
     updates_per_step: int = 1
     """Gradient updates after each vector step."""
     gamma: float = 0.99
@@ -184,6 +187,7 @@ class SacConfig:
 
     def __post_init__(self) -> None:
         require(1 <= self.steps <= MOST_STEPS, "sac.steps", self.steps, f"between 1 and {MOST_STEPS}")
+        require(0 <= self.random_start <= 1000, "sac.random_start", self.random_start, "between 0 and 1000")
         for name, most in (("batch_per_task", 2**20), ("updates_per_step", 10_000), ("n_step", 1000)):
             require(1 <= getattr(self, name) <= most, f"sac.{name}", getattr(self, name), f"between 1 and {most}")
         for name in ("actor_lr", "critic_lr", "temperature_lr", "adam_eps", "initial_temperature", "reward_scale"):

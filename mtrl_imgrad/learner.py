@@ -52,6 +52,7 @@ class Learner:
             "non_finite": torch.zeros(len(LOSSES), tasks, dtype=torch.int64, device=device),
             "statistics": self.sac.inputs.initial_statistics(observation_size, device),
             "noise": torch.zeros(tasks, config.envs.envs_per_task, action_size, device=device),
+            "random_left": torch.zeros(tasks, config.envs.envs_per_task, device=device),
             "returns": torch.zeros(tasks, config.envs.envs_per_task, device=device),
             "return_size": torch.zeros(tasks, device=device),
             "return_steps": torch.zeros((), dtype=torch.float64, device=device),
@@ -86,6 +87,21 @@ class Learner:
         process with standard normal values. It goes on over the end of an episode."""
         rho = self.config.sac.noise_correlation
         return self.state["noise"].mul_(rho).add_(white, alpha=math.sqrt(1 - rho**2))
+
+    def start_at_random(
+        self, actions: Float[Tensor, "tasks envs actions"], noise: Float[Tensor, "tasks envs actions"]
+    ) -> Float[Tensor, "tasks envs actions"]:
+        """The actions, but for those of episodes whose random decisions are not over: there the noise, mapped to the
+        uniform distribution."""
+        left = self.state["random_left"]
+        chosen = torch.where(left[..., None] > 0, torch.erf(noise / math.sqrt(2)), actions)
+        left.sub_(1).clamp_(min=0)
+        return chosen
+
+    def observe_ends(self, ended: Bool[Tensor, "tasks envs"], uniform: Float[Tensor, "tasks envs"]) -> None:
+        """Draw, from numbers in [0, 1), how many random decisions the episodes begin with that follow those that ended."""
+        left = self.state["random_left"]
+        left.copy_(torch.where(ended, (uniform * (self.config.sac.random_start + 1)).floor(), left))
 
     @torch.no_grad()
     def act(

@@ -63,11 +63,12 @@ def run_training(run: Run) -> Path:
     for step in steps:
         # Act: uniformly at random during the warm-up, then with the policy
         shape = (*run.rows, learner.action_size)
-        uniform = torch.rand(shape, generator=random.policy, device=run.device) * 2 - 1
+        uniform = torch.rand(shape, generator=random.policy, device=run.device)
         noise = learner.explore(torch.randn(shape, generator=random.policy, device=run.device))
         with watch.measure("stepping"):
             learner.observe(run.observations)
-            actions = uniform if step <= sac.warmup else learner.act(run.observations, noise)
+            actions = uniform * 2 - 1 if step <= sac.warmup else learner.act(run.observations, noise)
+            actions = learner.start_at_random(actions, noise)
             sent = actions.flatten(0, 1).cpu().numpy()
             run.envs.step_async(sent)
         if config.envs.pipeline:
@@ -87,6 +88,7 @@ def run_training(run: Run) -> Path:
         ends = (terminated_rows.bool(), truncated_rows.bool())
         replay.add(run.observations, actions, reward_rows, final_rows, *ends, broken_rows)
         learner.observe_rewards(reward_rows, ends[0] | ends[1])
+        learner.observe_ends(ends[0] | ends[1], uniform[..., 0])
         run.episodes.add((terminated | truncated) & ~broken, infos)
         run.observations = next_rows
 
