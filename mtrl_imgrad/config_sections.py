@@ -131,8 +131,9 @@ class SacConfig:
     with w standard normal, and so is n. 0 is SAC's white noise; correlated noise explores further (Eberhard et al.
     2023, of pink noise)."""
     random_start: int = 0
-    """Most decisions at the start of a training episode that are uniformly random instead of the policy's, correlated as
-    its noise is; each episode draws its number between 0 and this, so that the policy sees itself in other places."""
+    """Most decisions at the start of a training episode that are uniformly random instead of the policy's, correlated
+    as its noise is. Each episode but the first draws its number between 0 and this, so that the policy finds itself in
+    other places than those that it seeks."""
     updates_per_step: int = 1
     """Gradient updates after each vector step."""
     gamma: float = 0.99

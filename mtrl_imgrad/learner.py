@@ -99,7 +99,7 @@ class Learner:
         return chosen
 
     def observe_ends(self, ended: Bool[Tensor, "tasks envs"], uniform: Float[Tensor, "tasks envs"]) -> None:
-        """Draw, from numbers in [0, 1), how many random decisions the episodes begin with that follow those that ended."""
+        """Draw, from numbers in [0, 1), how many random decisions the next episodes begin with, where one has ended."""
         left = self.state["random_left"]
         left.copy_(torch.where(ended, (uniform * (self.config.sac.random_start + 1)).floor(), left))
 

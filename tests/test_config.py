@@ -66,6 +66,7 @@ OUT_OF_RANGE = [
     ("sac", "noise_correlation", 1.0),
     ("sac", "noise_correlation", -0.1),
     ("sac", "noise_correlation", math.nan),
+    ("sac", "random_start", -1),
     ("sac", "min_temperature", -0.1),
     ("sac", "min_temperature", 1.1),
     ("sac", "min_temperature", math.nan),

@@ -158,7 +158,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "network": NetworkConfig(width=8, depth=2, share_encoder=True),
     },
     "rewards by their returns and correlated noise": {
-        "sac": sac(return_scaling="rms", noise_correlation=0.7),
+        "sac": sac(return_scaling="rms", noise_correlation=0.7, random_start=5),
         "envs": envs(envs_per_task=2),
     },
     "a replay that is overwritten": {"replay": ReplayConfig(capacity=13)},
@@ -271,7 +271,7 @@ def watchful() -> Config:
     network = NetworkConfig(kind="multi_head", width=8, depth=2, observation_normalization=True)
     tasks = BenchmarkConfig(tasks=("east", "north", "west"), goals=4)
     envs_that_normalize = envs(reward_normalization="ema")
-    tracked = sac(n_step=3, return_scaling="rms", noise_correlation=0.5)
+    tracked = sac(n_step=3, return_scaling="rms", noise_correlation=0.5, random_start=5)
     return short_config(benchmark=tasks, envs=envs_that_normalize, network=network, sac=tracked)
 
 
@@ -297,7 +297,7 @@ def test_a_checkpoint_that_is_written_again_unaltered_gives_the_same(tmp_path, s
 TENSORS = {
     "learner": "critic critic/m critic/v critic/rule/target_cosines target_critic actor actor/m actor/v "
     "actor/rule/target_cosines log_alpha log_alpha/m log_alpha/v statistics updates non_finite noise returns "
-    "return_size return_steps",
+    "return_size return_steps random_left",
     "generators": "replay policy aggregation",
     "rewards": "mean variance",
     "episodes": "ended",

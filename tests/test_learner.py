@@ -345,6 +345,48 @@ def test_noise_of_exploration_is_standard_normal_with_the_asked_correlation(rho)
     assert rho or noise.equal(white[200:])
 
 
+def test_random_starts_last_as_long_as_was_drawn_and_end_with_the_policys_actions():
+    learner, most = small_learner(random_start=3), 3
+    policys, none = torch.full((TASKS, 1, ACTIONS), 2.0), torch.zeros(TASKS, 1, dtype=torch.bool)
+    uniform = torch.tensor([[0.0], [0.5], [0.999]][:TASKS])  # 0, 2 and 3 random decisions
+    learner.observe_ends(~none, uniform)
+    random = []
+    for _ in range(most + 2):
+        chosen = learner.start_at_random(policys, torch.randn(TASKS, 1, ACTIONS))
+        random.append((chosen != policys).all(-1)[:, 0])
+        assert ((chosen == policys) | (chosen.abs() <= 1)).all()
+        learner.observe_ends(none, torch.rand(TASKS, 1))  # no episode ends
+    assert torch.stack(random).sum(0).tolist() == [0, 2, 3][:TASKS]
+    assert torch.stack(random).int().diff(dim=0).max() <= 0, "they come first"
+
+
+def test_every_number_of_random_decisions_is_as_likely():
+    learner = small_learner(random_start=4)
+    ended, generator = torch.ones(TASKS, 1, dtype=torch.bool), torch.Generator().manual_seed(1)
+    drawn = []
+    for _ in range(5000):
+        learner.observe_ends(ended, torch.rand(TASKS, 1, generator=generator))
+        drawn.append(learner.state["random_left"].clone())
+    counts = torch.stack(drawn).flatten().long().bincount()
+    torch.testing.assert_close(counts / counts.sum(), torch.full((5,), 0.2), atol=0.02, rtol=0)
+
+
+def test_random_decisions_are_uniform():
+    learner, rows = small_learner(random_start=1), 20_000
+    learner.state["random_left"] = torch.ones(TASKS, rows)
+    noise = torch.randn(TASKS, rows, ACTIONS, generator=torch.Generator().manual_seed(1))
+    chosen = learner.start_at_random(torch.zeros_like(noise), noise)
+    quantiles = torch.tensor([0.1, 0.25, 0.5, 0.75, 0.9])
+    torch.testing.assert_close(chosen.flatten().quantile(quantiles), 2 * quantiles - 1, atol=0.02, rtol=0)
+
+
+def test_without_random_starts_every_action_is_the_policys():
+    learner = small_learner()
+    actions, noise = torch.rand(TASKS, 1, ACTIONS), torch.randn(TASKS, 1, ACTIONS)
+    learner.observe_ends(torch.ones(TASKS, 1, dtype=torch.bool), torch.full((TASKS, 1), 0.999))
+    assert learner.start_at_random(actions, noise).equal(actions)
+
+
 def test_statistics_move_only_where_normalisation_is_asked_for():
     for wanted in (False, True):
         learner = small_learner(network={"observation_normalization": wanted})

@@ -84,7 +84,7 @@ def test_training_goes_on_after_a_non_finite_update_as_if_it_had_not_been():
     assert float(hurt.state["updates"]) == 4
 
 
-UNLEARNED = {"non_finite", "statistics", "noise", "returns", "return_size", "return_steps"}
+UNLEARNED = {"non_finite", "statistics", "noise", "returns", "return_size", "return_steps", "random_left"}
 """What only the environments change, and counters."""
 
 
