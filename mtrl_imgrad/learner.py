@@ -53,8 +53,8 @@ class Learner:
             "statistics": self.sac.inputs.initial_statistics(observation_size, device),
             "noise": torch.zeros(tasks, config.envs.envs_per_task, action_size, device=device),
             "random_left": torch.zeros(tasks, config.envs.envs_per_task, device=device),
-            "returns": torch.zeros(tasks, config.envs.envs_per_task, device=device),
-            "return_size": torch.zeros(tasks, device=device),
+            "returns": torch.zeros(tasks, config.envs.envs_per_task, dtype=torch.float64, device=device),
+            "return_size": torch.zeros(tasks, dtype=torch.float64, device=device),
             "return_steps": torch.zeros((), dtype=torch.float64, device=device),
         }
         for name, vector in (("critic", critic), ("actor", actor), ("log_alpha", log_alpha)):

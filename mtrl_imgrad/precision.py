@@ -34,5 +34,5 @@ def precision_warning(precision: str, device: torch.device) -> str | None:
         return None
     return (
         f"warning: precision: a matrix product in {precision} takes {factor:.0f} times as long as in float32 on this "
-        "processor, which has no instructions for it; --precision float32 is faster here"
+        "processor, which seems to have no instructions for it; --precision float32 is faster here"
     )

@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor, as_tensor
 
 from mtrl_imgrad.saved_state import check_like
@@ -51,9 +51,9 @@ class RewardNormalizer:
 
 
 def observe_returns(
-    returns: Float[Tensor, "tasks envs"],
-    size: Float[Tensor, " tasks"],
-    steps: Float[Tensor, ""],
+    returns: Float64[Tensor, "tasks envs"],
+    size: Float64[Tensor, " tasks"],
+    steps: Float64[Tensor, ""],
     rewards: Float[Tensor, "tasks envs"],
     ended: Bool[Tensor, "tasks envs"],
     gamma: float,
@@ -65,7 +65,8 @@ def observe_returns(
     G^2 over all steps so far. To divide a task's rewards by that size gives all tasks values of one size, however far
     each of them has got. SimbaV2 (Lee et al. 2025, arXiv 2502.15280, reward scaling) divides by `max(sqrt(var G), max
     |G| / 5)`; BRC (Nauman et al. 2025, arXiv 2505.23150) by the largest return-to-go of an episode over 10, per task.
-    Ours is the second with the first's G; `rms` is the first without its bound, about 0 instead of the mean.
+    Ours is the second with the first's G; `rms` is the first without its bound, about 0 instead of the mean. All in
+    float64, where the square of any float32 reward is finite.
 
     Args:
         returns: G of every environment.
@@ -81,5 +82,5 @@ def observe_returns(
     if measure == "largest":
         torch.maximum(size, returns.abs().amax(1), out=size)
     else:
-        size.copy_(torch.lerp(size.square(), returns.square().mean(1), (1 / steps).to(size.dtype)).sqrt())
+        size.copy_(torch.lerp(size.square(), returns.square().mean(1), 1 / steps).sqrt())
     returns.masked_fill_(ended, 0.0)

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from mtrl_imgrad import losses as sac
@@ -86,7 +86,7 @@ def temperature_gradient(log_prob: Float[Tensor, "tasks rows"], settings: SacCon
     return gradient.mean().expand_as(gradient) if settings.shared_temperature else gradient
 
 
-def reward_scales(return_size: Float[Tensor, " tasks"], scale: float) -> Float[Tensor, " tasks"]:
+def reward_scales(return_size: Float64[Tensor, " tasks"], scale: float) -> Float64[Tensor, " tasks"]:
     """The factor on each task's rewards: `scale`, by the size of the task's returns where one has been seen."""
     return scale / torch.where(return_size > 0, return_size, 1.0)
 
@@ -117,7 +117,7 @@ class SacUpdate:
         settings = self.settings
         step = state["updates"] + 1
         alpha = state["log_alpha"].exp()
-        scales = reward_scales(state["return_size"], settings.reward_scale)
+        scales = reward_scales(state["return_size"], settings.reward_scale).to(batch.rewards.dtype)
         rewards = batch.rewards * scales[:, None]
         inputs = self.inputs(state["statistics"], batch.observations)
         next_inputs = self.inputs(state["statistics"], batch.next_observations)

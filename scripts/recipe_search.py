@@ -4,8 +4,9 @@
 
 An entry is a name, the flags in which it differs from scripts/recipe_start.yaml, why it was tried, and its seeds, which
 are others than those of the results. A run that was stopped goes on, a finished one is not run again. `curves.csv` is
-the record: the success of every run, finished or not. Runs whose folders are here replace their rows, those of others
-stay, so that a search may go on elsewhere. `table.md` has the mean after some numbers of updates.
+the record: the success of every run, finished or not. Runs whose folders are here replace their rows where they got
+as far, those of others stay. Whether a run is finished is known from its folder alone, so where the folders are not
+here name the entries that are still to be run with `--only`. `table.md` has the mean after some numbers of updates.
 
 Two runs share the two cores, one thread and one worker each, so that minutes are no measure; updates are.
 """
@@ -167,6 +168,10 @@ def rows_of(run: Run) -> Iterator[dict[str, str]]:
                 yield dict(zip(COLUMNS, map(str, values), strict=True))
 
 
+def last_step(rows: Sequence[dict[str, str]]) -> int:
+    return max((int(row["step"]) for row in rows), default=0)
+
+
 def means(rows: Sequence[dict[str, str]], kind: str) -> dict[int, dict[str, float]]:
     """Success of each task after each number of updates."""
     found: dict[int, dict[str, float]] = {}
@@ -200,8 +205,9 @@ def write_results(runs: Sequence[Run], updates: Sequence[int], out: Path) -> Non
     out.mkdir(parents=True, exist_ok=True)
     record = read_record(out / "curves.csv")
     for run in runs:
-        if rows := list(rows_of(run)):
-            record[run.entry.name, run.seed] = rows
+        key, rows = (run.entry.name, run.seed), list(rows_of(run))
+        if rows and last_step(rows) >= last_step(record.get(key, [])):  # never in place of more
+            record[key] = rows
     with (out / "curves.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
@@ -230,12 +236,16 @@ def main() -> None:
     parser.add_argument(
         "--updates", type=int, nargs="+", default=[10_000, 20_000, 30_000, 40_000], help="columns of the table"
     )
+    parser.add_argument("--only", nargs="+", default=[], help="names of the entries to train; none means all")
     parser.add_argument("--stop-after", type=float, default=float("inf"), help="minutes after which no run is started")
     options, flags = parser.parse_known_args()
     entries = read_entries(options.entries)
     runs = [Run(entry, seed, options.runs / f"{entry.name}-s{seed}") for entry in entries for seed in entry.seeds]
     if options.jobs:
-        train_all(runs, options.jobs, flags, time.monotonic() + 60 * options.stop_after)
+        if unknown := set(options.only) - {entry.name for entry in entries}:
+            parser.error(f"--only: there is no entry {sorted(unknown)[0]!r}")
+        chosen = [run for run in runs if not options.only or run.entry.name in options.only]
+        train_all(chosen, options.jobs, flags, time.monotonic() + 60 * options.stop_after)
     write_results(runs, options.updates, options.out)
 
 

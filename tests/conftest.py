@@ -21,6 +21,7 @@ PURE = {"aggregators", "networks"}
 """Folders whose tests are mathematics in one process."""
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `-n 2 --dist loadgroup`, mathematics runs beside the rest. The rest stays one after another, since its tests
     start processes, and look at what processes leave behind."""

@@ -94,6 +94,15 @@ def test_return_scaling_divides_each_tasks_rewards_by_the_size_of_its_returns(si
     assert changed(state_copy(plain), scaled) == {"returns", "return_size", "return_steps"}
 
 
+@pytest.mark.parametrize("size", ["largest", "rms"])
+def test_the_size_of_returns_is_finite_for_any_reward_that_is_stored(size):
+    learner = small_learner(return_scaling=size)
+    for reward in (1.0, 3e38, 1.0):
+        learner.observe_rewards(torch.full((TASKS, 1), reward), torch.zeros(TASKS, 1, dtype=torch.bool))
+    assert learner.state["return_size"].isfinite().all()
+    assert (learner.state["return_size"] > 1e38).all()
+
+
 # Temperatures
 
 

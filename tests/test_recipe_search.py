@@ -75,7 +75,8 @@ def test_rows_of_runs_that_are_not_here_stay_and_those_of_runs_that_are_here_are
         written_run(run.folder, [(100, 10, 60.0, 0.4)])
     write_results(runs, [10], tmp_path / "out")
     before = (tmp_path / "out/curves.csv").read_text()
-    runs[0].folder.rename(tmp_path / "elsewhere")
+    shutil.rmtree(runs[0].folder)
+    written_run(runs[0].folder, [(50, 5, 30.0, 1.0)])  # begun anew, and not as far yet
     write_results(runs, [10], tmp_path / "out")
     assert (tmp_path / "out/curves.csv").read_text() == before
     shutil.rmtree(runs[1].folder)

@@ -15,7 +15,7 @@ from tiny_world import make_world, tiny_config, tiny_sac
 from mtrl_imgrad import Config, train
 from mtrl_imgrad.aggregators import IMGrad, Mean
 from mtrl_imgrad.config import CheckpointConfig, EnvsConfig, EvalConfig, LogConfig, NetworkConfig
-from mtrl_imgrad.learner import NonFiniteError
+from mtrl_imgrad.learner import Learner, NonFiniteError
 from mtrl_imgrad.run import Run
 from mtrl_imgrad.trainer import run_training
 
@@ -201,6 +201,23 @@ class TestWarmup:
         # Step 31 is the last of the warm-up.
         for random in first_actions[:4]:
             assert (random - first_actions[4]).abs().amax(-1).min() > 1e-2
+
+
+class TestRandomStarts:
+    @pytest.mark.parametrize("pipeline", [False, True])
+    def test_every_episode_but_the_first_begins_with_up_to_so_many_random_decisions(
+        self, tmp_path, monkeypatch, pipeline
+    ):
+        """The policy's decisions are told by being 0.5."""
+        monkeypatch.setattr(Learner, "act", lambda self, rows, noise: torch.full((*rows.shape[:2], 2), 0.5))
+        envs = EnvsConfig(horizon=10, envs_per_task=2, pipeline=pipeline, workers=0)
+        sac = tiny_sac(steps=400, warmup=0, batch_per_task=16, random_start=3)
+        replay = replay_of(train(short_config(tmp_path / "run", sac=sac, envs=envs), make_world=make_world))
+        random = (replay["actions"][:200] != 0.5).all(-1).unflatten(0, (20, 10))  # episodes, decisions, tasks, envs
+        counts = random.sum(1)
+        assert not counts[0].any()
+        assert set(counts[1:].unique().tolist()) == {0, 1, 2, 3}
+        assert (random.int().diff(dim=1) <= 0).all(), "they come first"
 
 
 class TestStoredTransitions:

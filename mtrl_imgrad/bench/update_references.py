@@ -68,7 +68,8 @@ def soft_targets(update: SacUpdate, state: State, batch: Batch, noise: Tensor) -
     actions, log_prob = sac.tanh_gaussian(*update.actor(state["actor"], encoding), noise)
     encoding = update.critic.encode(state["target_critic"], inputs)
     values = update.critic_loss.values(update.critic(state["target_critic"], encoding, actions))
-    rewards = batch.rewards * reward_scales(state["return_size"], update.settings.reward_scale)[:, None]
+    scales = reward_scales(state["return_size"], update.settings.reward_scale).to(batch.rewards.dtype)
+    rewards = batch.rewards * scales[:, None]
     return sac.soft_target(rewards, batch.discounts, values, log_prob, state["log_alpha"].exp())
 
 
