@@ -17,17 +17,6 @@ hypothesis.settings.register_profile("no deadline", deadline=None)
 hypothesis.settings.load_profile("no deadline")
 
 Rows = list[dict[str, str]]
-PURE = {"aggregators", "networks"}
-"""Folders whose tests are mathematics in one process."""
-
-
-@pytest.hookimpl(tryfirst=True)  # xdist reads the marks in its own hook
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `-n 2 --dist loadgroup`, mathematics runs beside the rest. The rest stays one after another, since its tests
-    start processes, and look at what processes leave behind."""
-    for item in items:
-        if item.path.parent.name not in PURE:
-            item.add_marker(pytest.mark.xdist_group("one after another"))
 
 
 @pytest.fixture(autouse=True, scope="session")
