@@ -79,8 +79,8 @@ class Learner:
         """Take the rewards of a vector step, and where they ended an episode, into the returns that scale them."""
         sac, state = self.config.sac, self.state
         if sac.return_scaling != "none":
-            names = ("returns", "return_size", "return_steps")
-            observe_returns(*(state[name] for name in names), rewards, ended, sac.gamma, sac.return_scaling)
+            returns, size, steps = (state[name] for name in ("returns", "return_size", "return_steps"))
+            observe_returns(returns, size, steps, rewards, ended, sac.gamma, sac.return_scaling)
 
     def explore(self, white: Float[Tensor, "tasks envs actions"]) -> Float[Tensor, "tasks envs actions"]:
         """The noise of the next decision, from standard normal numbers and the noise of the one before: an AR(1)
