@@ -34,7 +34,7 @@ def random_batch(tasks: int, rows: int, device: torch.device) -> Batch:
     return Batch(draw(OBSERVATION), draw(ACTION).tanh(), draw(), draw(OBSERVATION), torch.full_like(draw(), 0.97))
 
 
-def updater(config: Config, tasks: int) -> tuple[Callable[[], None], float]:
+def updater(config: Config, tasks: int) -> tuple[Callable[[], object], float]:
     """Makes one update of a fresh learner, which was compiled as the configuration says, and the seconds that took."""
     device = torch.device("cuda")
     learner = Learner(config, tasks, OBSERVATION, ACTION, device, torch.Generator().manual_seed(1))
@@ -45,14 +45,12 @@ def updater(config: Config, tasks: int) -> tuple[Callable[[], None], float]:
         raise RuntimeError(reason)
     torch.cuda.synchronize()
     seconds = time.perf_counter() - started
-    return lambda: void(learner.update(batch, learner.draw_noise(generator, generator))), seconds
-
-
-def void(_: object) -> None:
-    """Drops a result."""
+    return lambda: learner.update(batch, learner.draw_noise(generator, generator)), seconds
 
 
 def main() -> None:
+    if not torch.cuda.is_available():
+        sys.exit("gpu_update: there is no GPU here")
     config = parse_config(sys.argv[1:])
     tasks = len(expand_tasks(config.benchmark.tasks))
     ways = {
