@@ -7,10 +7,12 @@ be whole. These checks turn it down before it is used; each raises a ValueError 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+
+if TYPE_CHECKING:
+    from torch import Tensor  # worker processes import this module, and need no torch
 
 
 def check_like(found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:

@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
+import scipy  # its parts load when used, as only reports need them
 from jaxtyping import Float
-from scipy import stats
 
 LEVEL = 0.95
 BOOTSTRAP_FROM = 10  # seeds: a percentile bootstrap at 95 % covers about 85 % with 5, 90 % with 10, 93 % with 20
@@ -157,7 +157,7 @@ def _mean(values: Float[np.ndarray, "*resamples seeds tasks"]) -> Float[np.ndarr
 
 
 def _interquartile_mean(values: Float[np.ndarray, "*resamples seeds tasks"]) -> Float[np.ndarray, "*resamples"]:
-    return np.asarray(stats.trim_mean(values.reshape(*values.shape[:-2], -1), 0.25, axis=-1))
+    return np.asarray(scipy.stats.trim_mean(values.reshape(*values.shape[:-2], -1), 0.25, axis=-1))
 
 
 def _over_seeds(
@@ -180,7 +180,7 @@ def _over_seeds(
 
 
 def _t_interval(value: float, error: float, freedom: float, bounds: tuple[float, float]) -> Interval | None:
-    reach = float(stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
+    reach = float(scipy.stats.t.ppf((1 + LEVEL) / 2, freedom)) * error
     return _wide(max(value - reach, bounds[0]), min(value + reach, bounds[1]))
 
 
@@ -224,5 +224,5 @@ def _estimate(
 def _bootstrap_level(runs: int) -> float:
     """How often a nominal 95 % percentile bootstrap of a mean of normal values contains the truth: it takes the normal
     quantile for Student's and the variance over n for that over n - 1."""
-    quantile = float(stats.norm.ppf((1 + LEVEL) / 2))
-    return float(2 * stats.t.cdf(quantile * math.sqrt((runs - 1) / runs), runs - 1) - 1)
+    quantile = float(scipy.stats.norm.ppf((1 + LEVEL) / 2))
+    return float(2 * scipy.stats.t.cdf(quantile * math.sqrt((runs - 1) / runs), runs - 1) - 1)

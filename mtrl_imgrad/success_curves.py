@@ -7,8 +7,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
+import scipy  # its parts load when used, as only reports need them
 from jaxtyping import Float, Int
-from scipy import integrate, stats
 
 from mtrl_imgrad.statistics import LEVEL, Estimate, Interval, Scores, mean_success
 
@@ -84,7 +84,7 @@ def area_under_curve(runs: Mapping[int, SuccessCurve], until: int | None = None)
     steps, success = _aligned(runs, until)
     if len(steps) == 1:
         return None
-    areas = integrate.trapezoid(success, steps, axis=1) / (steps[-1] - steps[0])
+    areas = scipy.integrate.trapezoid(success, steps, axis=1) / (steps[-1] - steps[0])
     return Scores(np.clip(areas, 0.0, 1.0), tuple(sorted(runs)), runs[min(runs)].tasks)  # 1 + a rounding is no rate
 
 
@@ -113,7 +113,7 @@ def steps_to_reach(runs: Mapping[int, SuccessCurve], threshold: float, until: in
     first = np.where(above.any(1), steps[above.argmax(1)], math.inf)
     by_seed = dict(zip(sorted(runs), first.tolist(), strict=True))
     n, horizon, reached = len(runs), int(steps[-1]), int(above.any(1).sum())
-    order = int(stats.binom.ppf((1 - LEVEL) / 2, n, 0.5))  # 1-based: P(Binomial < order) <= 2.5 %
+    order = int(scipy.stats.binom.ppf((1 - LEVEL) / 2, n, 0.5))  # 1-based: P(Binomial < order) <= 2.5 %
     text = (
         f"{reached} of {n} run{'s' * (n > 1)} reached {100 * threshold:g} % by step {horizon}; others count as later."
     )
