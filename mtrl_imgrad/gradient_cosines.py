@@ -12,8 +12,6 @@ from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float64, UInt8
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 
 from mtrl_imgrad.csv_files import csv_text
@@ -50,6 +48,9 @@ def heat_map(
     cosines: Float64[np.ndarray, "tasks tasks"], tasks: Sequence[str], title: str
 ) -> UInt8[np.ndarray, "height width 3"]:
     """A picture of the matrix: row and column i are task i, from -1 (blue) over 0 (white) to 1 (red)."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # takes a second, which only a picture is worth
+    from matplotlib.figure import Figure
+
     numbered = len(tasks) <= NUMBERED
     font = 9 if numbered else 6
     side = max(2.0, (0.5 if numbered else 0.17) * len(tasks))  # this and the following in inches

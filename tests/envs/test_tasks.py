@@ -66,6 +66,7 @@ def test_wrong_names_raise_one_line_that_says_what_is_wrong(names, message):
         ("mtrl_imgrad.envs", ("metaworld", "torch")),
         ("mtrl_imgrad.envs.worker", ("torch",)),
         ("mtrl_imgrad.cli", ("metaworld", "scipy.stats", "stable_baselines3", "matplotlib", "tensorboard")),
+        ("mtrl_imgrad.trainer", ("metaworld", "scipy.stats", "matplotlib")),
     ],
 )
 def test_importing_a_module_does_not_import_what_takes_seconds_and_is_not_needed_there(module, slow):
