@@ -12,7 +12,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -119,9 +119,16 @@ def describe_run(folder: Path, config: Config, step: int) -> None:
     if not isinstance(entries, list) or not all(isinstance(earlier, dict) for earlier in entries):
         raise ValueError(f"run: {history} must be a list of versions, as the run wrote it.")
     entries.append({"from_step": step, "protocol": config.protocol, "python": platform.python_version()} | versions)
-    append_whole(folder / "command.txt", shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]) + "\n")
+    append_whole(folder / "command.txt", f"{command_line(sys.argv)}\n")
     write_whole(history, json.dumps(entries, indent=1))
     write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def command_line(arguments: Sequence[str]) -> str:
+    """How a process was started, as one would type it again: without the place of the program on this machine."""
+    program = Path(arguments[0])
+    module = program.name == "__main__.py"  # of a package
+    return shlex.join([*(["python", "-m", program.parent.name] if module else [program.name]), *arguments[1:]])
 
 
 def read_config(folder: Path) -> Config:

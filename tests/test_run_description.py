@@ -12,7 +12,7 @@ from tiny_world import make_world, tiny_config, tiny_sac
 from mtrl_imgrad import train
 from mtrl_imgrad.aggregators import Mean
 from mtrl_imgrad.config import Config, to_dict
-from mtrl_imgrad.run_description import create_run, read_config
+from mtrl_imgrad.run_description import command_line, create_run, read_config
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +50,17 @@ class TestRunFolder:
     def test_its_configuration_is_read_back(self, run):
         sac = tiny_sac(steps=60, warmup=40, batch_per_task=8)
         assert read_config(run) == tiny_config(run, aggregator=Mean(), sac=sac)
+
+    @pytest.mark.parametrize(
+        ("program", "typed"),
+        [
+            ("/opt/venv/bin/mtrl-imgrad", "mtrl-imgrad"),
+            ("/opt/venv/lib/mtrl_imgrad/__main__.py", "python -m mtrl_imgrad"),
+            ("my study.py", "'my study.py'"),
+        ],
+    )
+    def test_its_command_can_be_typed_again_and_names_no_place_of_the_program(self, program, typed):
+        assert command_line([program, "train", "--run-dir", "a b"]) == f"{typed} train --run-dir 'a b'"
 
     @pytest.mark.parametrize(
         "content",

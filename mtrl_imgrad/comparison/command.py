@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import difflib
 import functools
-import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -23,7 +22,7 @@ from mtrl_imgrad.files import FolderLock, check_place, make_folder
 from mtrl_imgrad.overlays import field_names
 from mtrl_imgrad.parsing import PROGRAM, UserError, parse, told_as_user_errors
 from mtrl_imgrad.report.command import console_text, write_report
-from mtrl_imgrad.run_description import run_name
+from mtrl_imgrad.run_description import command_line, run_name
 
 HELP = """Train the same experiment with several aggregators and seeds, and compare them.
 
@@ -153,7 +152,7 @@ def tell_start(runs: Sequence[PlannedRun], out: Path, arguments: Sequence[str]) 
             states.append("damaged")  # told when its turn comes
     print(f"{len(runs)} runs in {out}: {', '.join(f'{states.count(s)} {s}' for s in dict.fromkeys(states))}")
     with (out / "command.txt").open("a") as file:
-        file.write(shlex.join([Path(sys.argv[0]).name, "compare", *arguments]) + "\n")
+        file.write(f"{command_line([sys.argv[0], 'compare', *arguments])}\n")
 
 
 def split(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
