@@ -27,7 +27,8 @@ RESULTS = Path(__file__).parents[1] / "docs/results"
 PAGE = RESULTS.with_suffix(".md").read_text()
 FLAGS = {"mt10_laptop": [], "mt10_laptop_20000": ["--sac.steps", "160000", "--eval.every", "40000"]}
 """Folder of runs -> in what they differ from the recipe."""
-THE_HOUR, SHORT = (sorted((RESULTS / group).glob("*-s*/")) for group in FLAGS)
+FOLDERS = {group: sorted((RESULTS / group).glob("*-s*/")) for group in FLAGS}
+THE_HOUR, SHORT = FOLDERS.values()
 
 
 def table(heading: str) -> list[list[str]]:
@@ -59,7 +60,7 @@ def number(cell: str) -> str | float:
 @cache
 def report_on(group: str) -> dict[str, str]:
     """The CSV files of a report on the runs of a group."""
-    return csv_files(results(select([read_run_folder(folder) for folder in sorted((RESULTS / group).glob("*-s*/"))])))
+    return csv_files(results(select([read_run_folder(folder) for folder in FOLDERS[group]])))
 
 
 def interval(row: dict[str, str]) -> str:
@@ -154,7 +155,7 @@ def test_its_commands_are_accepted_and_the_comparisons_take_what_is_published_fo
     assert to_dict(parse_config(train)) == to_dict(read_config(RESULTS / "mt10_laptop/imgrad-s1"))
     assert all(parse(ReportOptions, words, "report").runs for words in (report, short_report))
     monkeypatch.chdir(tmp_path)
-    for group, words, folders in zip(FLAGS, compare, (THE_HOUR, SHORT), strict=True):
+    for (group, folders), words in zip(FOLDERS.items(), compare, strict=True):
         shutil.copytree(RESULTS / group, tmp_path / "runs" / group)
         states = {run.name: run.state() for run in planned(words)[1]}
         assert len(states) == 15
