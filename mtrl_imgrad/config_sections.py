@@ -133,7 +133,7 @@ class SacConfig:
     random_start: int = 0
     """Most decisions at the start of a training episode that are uniformly random instead of the policy's, correlated
     as its noise is. Each episode but the first draws its number between 0 and this, so that the policy finds itself in
-    other places than those that it seeks."""
+    other places than those that it seeks. Our own; an episode shorter than its number is random from end to end."""
     updates_per_step: int = 1
     """Gradient updates after each vector step."""
     gamma: float = 0.99
@@ -158,7 +158,7 @@ class SacConfig:
     """Initial temperature alpha of every task (classic SAC: 1)."""
     min_temperature: float = 0.0
     """Lower bound of every temperature. Where values hardly differ between actions, a temperature at its bound lets the
-    policy's entropy rise above target_entropy."""
+    policy's entropy rise above target_entropy. Our own."""
     target_entropy: float = -4.0
     """Entropy in nats that the temperature steers each task's policy to (classic SAC: minus the number of action
     entries, -4)."""

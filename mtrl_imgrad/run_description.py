@@ -11,6 +11,7 @@ import json
 import os
 import platform
 import shlex
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -113,15 +114,39 @@ def describe_run(folder: Path, config: Config, step: int) -> None:
         ValueError: versions.json is damaged.
         OSError: something cannot be written.
     """
-    versions = {"mtrl_imgrad": __version__} | {name: version(name) for name in PACKAGES}
+    versions = {"mtrl_imgrad": __version__, "commit": source_commit()} | {name: version(name) for name in PACKAGES}
+    machine = {"python": platform.python_version(), "processor": processor(), "cores": os.cpu_count()}
     history = folder / "versions.json"
     entries = read_json(history) if history.exists() else []
     if not isinstance(entries, list) or not all(isinstance(earlier, dict) for earlier in entries):
         raise ValueError(f"run: {history} must be a list of versions, as the run wrote it.")
-    entries.append({"from_step": step, "protocol": config.protocol, "python": platform.python_version()} | versions)
+    entries.append({"from_step": step, "protocol": config.protocol} | machine | versions)
     append_whole(folder / "command.txt", f"{command_line(sys.argv)}\n")
     write_whole(history, json.dumps(entries, indent=1))
     write_whole(folder / "config.yaml", yaml.safe_dump(to_dict(config), sort_keys=False))
+
+
+def source_commit(file: Path = Path(__file__)) -> str:
+    """The commit of the checkout that a file belongs to, by default of this package's, with `-dirty` where tracked
+    files differ from it; empty where the package is installed without one."""
+
+    def told(*arguments: str) -> str:
+        command = ["git", "--no-optional-locks", "-C", str(file.parent), *arguments]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout.strip()
+
+    try:
+        told("ls-files", "--error-unmatch", file.name)  # a virtual environment may lie in a checkout of something else
+        return told("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def processor() -> str:
+    """The processor's name as the system tells it; two of them round differently and differ in speed."""
+    with contextlib.suppress(OSError, StopIteration):  # Linux
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return platform.processor()
 
 
 def command_line(arguments: Sequence[str]) -> str:

@@ -140,11 +140,14 @@ def describe(
     fields = flattened(to_dict(config))
     commands = (run / "command.txt").read_text().splitlines()
     versions = json.loads((run / "versions.json").read_text())
+    columns = tuple(dict.fromkeys(key for entry in versions for key in entry))
     experiment, start, end = hparams(hyperparameters(fields), dict.fromkeys(METRICS, 0.0))
     summaries = [
         text("configuration", markdown_table([("field", "value"), *fields.items()])),
         text("command", "\n".join(f"    {command}" for command in commands)),
-        text("versions", markdown_table([tuple(versions[0]), *(tuple(entry.values()) for entry in versions)])),
+        text(
+            "versions", markdown_table([columns, *(tuple(entry.get(key, "") for key in columns) for entry in versions)])
+        ),
         custom_scalars(layout(tasks)),
         experiment,
         start,

@@ -88,7 +88,7 @@ def run_training(run: Run) -> Path:
         ends = (terminated_rows.bool(), truncated_rows.bool())
         replay.add(run.observations, actions, reward_rows, final_rows, *ends, broken_rows)
         learner.observe_rewards(reward_rows, ends[0] | ends[1])
-        learner.observe_ends(ends[0] | ends[1], uniform[..., 0])
+        learner.observe_ends(ends[0] | ends[1], uniform[..., 0])  # of no other use after the warm-up
         run.episodes.add((terminated | truncated) & ~broken, infos)
         run.observations = next_rows
 

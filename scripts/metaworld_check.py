@@ -1,13 +1,13 @@
 """Plays a run's newest policy in Meta-World's own environments, and says whether `mtrl-imgrad evaluate` told the truth.
 
     python scripts/metaworld_check.py runs/mt10-imgrad-s1
-    python scripts/metaworld_check.py runs/mt10-imgrad-s1 --goal-seed 99
+    python scripts/metaworld_check.py runs/mt10-imgrad-s1 --goal-seed 99 --out unseen.csv
 
 Nothing of mtrl_imgrad but the policy takes part: one environment, one observation, one step at a time, with
 Meta-World's `success`, for the run's evaluation horizon. On the run's goals (the first) every episode is compared with
 its row in eval.csv, and the exit code is 1 where a success differs; returns may differ a little, since a network
 rounds one observation otherwise than ten together. With `--goal-seed` (the second) the goals are Meta-World's own for
-another seed, which training has not seen.
+another seed, which training has not seen. `--out` keeps every episode.
 """
 
 from __future__ import annotations
@@ -61,6 +61,7 @@ def parser() -> argparse.ArgumentParser:
     found.add_argument("run", type=Path, help="run folder, trained and evaluated")
     found.add_argument("--goals", type=int, default=50, help="goals per task, the first ones")
     found.add_argument("--goal-seed", type=int, help="seed of other goals than the run's")
+    found.add_argument("--out", type=Path, help="CSV file of task, goal and success of each episode")
     return found
 
 
@@ -73,7 +74,7 @@ def main() -> None:
             "metaworld_check: Meta-World's environments give the v2 reward unless told otherwise; this run's is v1."
         )
     goals = Goals.from_dict(read_object(options.run / "goals.json"))
-    differ, rates = 0, []
+    differ, rates, episodes = 0, [], []
     for name in agent.tasks:
         env, policy = ALL_V3_ENVIRONMENTS[name](), agent.policy(name)
         if options.goal_seed is None:
@@ -84,6 +85,7 @@ def main() -> None:
         found = [play(env, policy, task, horizon, to_the_end=bool(expected)) for task in chosen]
         env.close()
         rates.append(float(np.mean([success for success, _ in found])))
+        episodes += [(name, goal, int(success)) for goal, (success, _) in enumerate(found)]
         line = f"{name:28} {rates[-1]:.2f} of {len(found)} goals"
         if expected:
             wrong = sum(success != expected[goal][0] for goal, (success, _) in enumerate(found))
@@ -92,6 +94,9 @@ def main() -> None:
             differ += wrong
         print(line, flush=True)
     print(f"{'mean over tasks':28} {np.mean(rates):.3f}")
+    if options.out:
+        with options.out.open("w", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows([("task", "goal", "success"), *episodes])
     sys.exit(1 if differ else 0)
 
 

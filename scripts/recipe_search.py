@@ -2,7 +2,7 @@
 
     python scripts/recipe_search.py --jobs 2 --runs runs/recipe --out docs/results/recipe
 
-An entry is a name, the flags in which it differs from scripts/recipe_start.yaml, why it was tried, and its seeds, which
+An entry is a name, what it tries in words and in flags that differ from scripts/recipe_start.yaml, and its seeds, which
 are others than those of the results. A run that was stopped goes on, a finished one is not run again. `curves.csv` is
 the record: the success of every run, finished or not. Runs whose folders are here replace their rows where they got
 as far, those of others stay. Whether a run is finished is known from its folder alone, so where the folders are not
@@ -25,7 +25,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeAlias
 
+import numpy as np
 import yaml
+
+from mtrl_imgrad.report.diagnostics import elapsed_seconds
+from mtrl_imgrad.run_folder import read_run_folder
 
 ENTRIES = Path(__file__).with_suffix(".yaml")
 START = Path(__file__).with_name("recipe_start.yaml")
@@ -33,7 +37,7 @@ TAGS = {"training": "rollout/success_rate/", "evaluation": "eval/success_rate/"}
 """Success of the episodes since the row before (horizon 200, actions sampled), and of the deterministic policy on a few
 goals (horizon 500)."""
 
-COLUMNS = ("entry", "seed", "of", "step", "updates", "minutes", "task", "success")
+COLUMNS: tuple[str, ...] = ("entry", "seed", "of", "step", "updates", "minutes", "task", "success")
 Record: TypeAlias = dict[tuple[str, int], list[dict[str, str]]]
 """Rows of curves.csv, by entry and seed."""
 
@@ -45,13 +49,13 @@ class Entry:
     Attributes:
         name: of the row.
         flags: of `mtrl-imgrad train`.
-        why: what it was expected to do.
+        what: it tries, in a few words.
         seeds: of its runs.
     """
 
     name: str
     flags: str
-    why: str
+    what: str
     seeds: tuple[int, ...]
 
 
@@ -106,27 +110,22 @@ class Point:
 
 def read_entries(path: Path) -> list[Entry]:
     return [
-        Entry(name, plain.get("flags", ""), plain["why"], tuple(plain["seeds"]))
+        Entry(name, plain.get("flags", ""), plain["what"], tuple(plain["seeds"]))
         for name, plain in yaml.safe_load(path.read_text()).items()
     ]
 
 
-def read_points(run: Path, kind: str) -> Iterator[Point]:
+def read_points(folder: Path, kind: str) -> Iterator[Point]:
     """The success of a run so far, in training or in evaluations."""
-    path = run / "progress.csv"
-    if not path.exists():
+    if not (folder / "progress.csv").exists():
         return
-    before, newest = 0.0, 0.0  # seconds of the processes before this one, and of this one
-    with path.open(newline="") as file:
-        for row in csv.DictReader(file):
-            elapsed = float(row["time/elapsed"])
-            before += newest if elapsed < newest else 0.0
-            newest = elapsed
-            rates = {tag.removeprefix(TAGS[kind]): rate for tag, rate in row.items() if tag.startswith(TAGS[kind])}
-            success = {task: float(rate) for task, rate in rates.items() if rate}
-            if success:
-                minutes = (before + newest) / 60
-                yield Point(int(row["step"]), int(float(row["train/updates"] or 0)), minutes, success)
+    run = read_run_folder(folder)
+    seconds = elapsed_seconds(run)
+    rates = {tag.removeprefix(TAGS[kind]): rate for tag, rate in run.progress.items() if tag.startswith(TAGS[kind])}
+    for row, (step, updates) in enumerate(zip(run.progress["step"], run.progress["train/updates"], strict=True)):
+        success = {task: float(rate[row]) for task, rate in rates.items() if np.isfinite(rate[row])}
+        if success:
+            yield Point(int(step), int(np.nan_to_num(updates)), seconds[float(step)] / 60, success)
 
 
 def train_all(runs: Sequence[Run], jobs: int, flags: Sequence[str], until: float) -> None:
@@ -182,7 +181,8 @@ def means(rows: Sequence[dict[str, str]], kind: str) -> dict[int, dict[str, floa
 
 
 def table_row(entry: Entry, seed: int, rows: Sequence[dict[str, str]], updates: Sequence[int]) -> str:
-    """Mean success in training up to each number of updates, and that of the last evaluation."""
+    """Mean success in training, in the last row before each number of updates and in the last of all, and that of the
+    last evaluation."""
     training, evaluation = means(rows, "training"), means(rows, "evaluation")
     last = max(training)
     reached = [max((at for at in training if at <= each), default=None) for each in updates]
@@ -195,8 +195,8 @@ def table_row(entry: Entry, seed: int, rows: Sequence[dict[str, str]], updates: 
         rates = evaluation[max(evaluation)]
         mean = f"{statistics.mean(rates.values()):.2f} at {max(evaluation):,}"
         weak = ", ".join(f"{task.removesuffix('-v3')} {rate:.1f}" for task, rate in rates.items() if rate < 0.8)
-    flags = f"`{entry.flags}`" * bool(entry.flags)
-    return f"| {' | '.join([entry.name, flags, str(seed), *cells, mean, weak])} |"
+    end = f"{statistics.mean(training[last].values()):.2f} at {last:,}"
+    return f"| {' | '.join([entry.name, entry.what, str(seed), *cells, end, mean, weak])} |"
 
 
 def write_results(runs: Sequence[Run], updates: Sequence[int], out: Path) -> None:
@@ -213,7 +213,8 @@ def write_results(runs: Sequence[Run], updates: Sequence[int], out: Path) -> Non
         writer.writeheader()
         for rows in record.values():
             writer.writerows(rows)
-    head = ["entry", "flags", "seed", *(f"{each:,}" for each in updates), "last evaluation", "tasks below 0.8 in it"]
+    head = ["entry", "what", "seed", *(f"{each:,}" for each in updates)]
+    head += ["end of training", "last evaluation", "tasks below 0.8 in it"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     known = {(run.entry.name, run.seed): run.entry for run in runs}
     lines += [

@@ -56,7 +56,14 @@ def test_a_success_that_was_made_up_is_seen(run, monkeypatch, capsys):
     assert "success differs from eval.csv on 1" in lines[0]
 
 
-def test_other_goals_are_played_without_a_comparison(run, monkeypatch, capsys):
-    code, lines = check(monkeypatch, capsys, str(run), "--goal-seed", "99", "--goals", "2")
+def test_other_goals_are_played_without_a_comparison_and_kept(run, monkeypatch, capsys, tmp_path):
+    out = tmp_path / "unseen.csv"
+    code, lines = check(monkeypatch, capsys, str(run), "--goal-seed", "99", "--goals", "2", "--out", str(out))
     assert code == 0
     assert all(line.endswith("of 2 goals") for line in lines[:2])
+    with out.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    tasks = ("reach-v3", "drawer-close-v3")
+    assert [(row["task"], row["goal"]) for row in rows] == [(task, goal) for task in tasks for goal in "01"]
+    for task, line in zip(tasks, lines[:2], strict=True):
+        assert float(line.split()[1]) == sum(int(row["success"]) for row in rows if row["task"] == task) / 2

@@ -6,38 +6,41 @@ import csv
 import shlex
 import shutil
 import sys
+from collections.abc import Sequence
+from math import nan
 from pathlib import Path
 
 import pytest
-from recipe_search import ENTRIES, START, Entry, Run, read_entries, read_points, train_all, write_results
+from recipe_search import ENTRIES, START, Entry, Run, main, read_entries, read_points, train_all, write_results
+from written_runs import write_run
 
 from mtrl_imgrad.overlays import parse_config
 
 TASKS = ("reach-v3", "push-v3")
 
 
-def written_run(folder: Path, rows: list[tuple[int, int, float, float | None]]) -> None:
-    """A progress.csv with rows of step, updates, elapsed seconds and, where evaluated, the first task's success; the
-    second task never succeeds. In training both have half of the first's success."""
-    folder.mkdir(parents=True)
-    with (folder / "progress.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
+def written_run(folder: Path, rows: list[tuple[int, int, float, float | None]], starts: Sequence[int] = (0,)) -> None:
+    """A run with rows of step, updates, elapsed seconds and, where evaluated, the first task's success; the second task
+    never succeeds. In training both have half of the first's success."""
+    progress = []
+    for step, updates, elapsed, success in rows:
+        rates = (nan, nan, nan, nan) if success is None else (success, 0.0, success / 2, success / 2)
         tags = [f"{part}/success_rate/{task}" for part in ("eval", "rollout") for task in TASKS]
-        writer.writerow(("step", "train/updates", "time/elapsed", *tags))
-        for step, updates, elapsed, success in rows:
-            rates = ("", "", "", "") if success is None else (success, 0.0, success / 2, success / 2)
-            writer.writerow((step, updates, elapsed, *rates))
+        row = {"step": step, "train/updates": updates, "time/elapsed": elapsed}
+        progress.append(row | dict(zip(tags, rates, strict=True)))
+    write_run(folder, tasks=TASKS, progress=progress, starts=starts)
 
 
 def test_minutes_count_over_all_processes_of_a_resumed_run(tmp_path):
     written_run(
         tmp_path / "run",
-        [(100, 10, 60.0, 0.5), (200, 20, 90.0, None), (300, 30, 30.0, None), (400, 40, 60.0, 1.0)],
+        [(100, 10, 60.0, 0.5), (200, 20, 90.0, None), (300, 30, 95.0, None), (400, 40, 120.0, 1.0)],
+        starts=(0, 200),
     )
     points = list(read_points(tmp_path / "run", "evaluation"))
     assert [(point.step, point.updates, point.minutes, list(point.success.values())) for point in points] == [
         (100, 10, 1.0, [0.5, 0.0]),
-        (400, 40, 2.5, [1.0, 0.0]),
+        (400, 40, 3.5, [1.0, 0.0]),
     ]
 
 
@@ -49,13 +52,16 @@ def test_the_table_has_what_was_evaluated_by_then_and_only_of_runs_that_got_ther
     rows = [(step, step // 10, step / 10, rate) for step, rate in ((100, 0.2), (200, 0.4), (300, 0.6), (400, 0.8))]
     written_run(tmp_path / "long-s11", rows)
     written_run(tmp_path / "short-s11", rows[:2])
-    entries = [Entry("long", "--sac.tau 0.1", "why", (11,)), Entry("short", "", "why", (11, 12))]
+    entries = [Entry("long", "--sac.tau 0.1", "what", (11,)), Entry("short", "", "what", (11, 12))]
     runs = [Run(entry, seed, tmp_path / f"{entry.name}-s{seed}") for entry in entries for seed in entry.seeds]
     write_results(runs, [10, 25, 40], tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
     assert lines == (tmp_path / "out/table.md").read_text().splitlines()
-    cells = [line.split(" | ")[3:7] for line in lines[2:]]
-    assert cells == [["0.10", "0.20", "0.40", "0.40 at 40"], ["0.10", "", "", "0.20 at 20"]]
+    cells = [line.split(" | ")[1:8] for line in lines[2:]]
+    assert cells == [
+        ["what", "11", "0.10", "0.20", "0.40", "0.40 at 40", "0.40 at 40"],
+        ["what", "11", "0.10", "", "", "0.20 at 20", "0.20 at 20"],
+    ]
     assert lines[2].endswith("| push 0.0 |")
     assert lines[3].endswith("| reach 0.4, push 0.0 |")
     with (tmp_path / "out/curves.csv").open(newline="") as file:
@@ -69,7 +75,7 @@ def test_the_table_has_what_was_evaluated_by_then_and_only_of_runs_that_got_ther
 
 
 def test_rows_of_runs_that_are_not_here_stay_and_those_of_runs_that_are_here_are_renewed(tmp_path, capsys):
-    entry = Entry("one", "", "why", (11, 12))
+    entry = Entry("one", "", "what", (11, 12))
     runs = [Run(entry, seed, tmp_path / f"one-s{seed}") for seed in entry.seeds]
     for run in runs:
         written_run(run.folder, [(100, 10, 60.0, 0.4)])
@@ -84,9 +90,19 @@ def test_rows_of_runs_that_are_not_here_stay_and_those_of_runs_that_are_here_are
     capsys.readouterr()
     write_results(runs, [10], tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
-    cells = [line.split(" | ")[-3:-1] for line in lines[2:]]
-    assert cells == [["0.20", "0.20 at 10"], ["0.20", "0.40 at 20"]]
+    cells = [line.split(" | ")[-4:-1] for line in lines[2:]]
+    assert cells == [["0.20", "0.20 at 10", "0.20 at 10"], ["0.20", "0.40 at 20", "0.40 at 20"]]
     assert (tmp_path / "out/curves.csv").read_text().startswith(before[: before.index("one,12")])
+
+
+def test_the_published_table_is_that_of_the_published_curves(tmp_path, monkeypatch):
+    published = Path(__file__).parents[1] / "docs/results/recipe"
+    shutil.copy(published / "curves.csv", tmp_path)
+    monkeypatch.setattr(sys, "argv", ["recipe_search.py", "--jobs", "0", "--runs", "none", "--out", str(tmp_path)])
+    main()
+    table = (tmp_path / "table.md").read_text()
+    assert table == (published / "table.md").read_text()
+    assert f"<!-- table -->\n{table}" in (published.parent.with_name("recipe.md")).read_text()
 
 
 @pytest.mark.parametrize("entry", read_entries(ENTRIES), ids=lambda entry: entry.name)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -12,7 +16,7 @@ from tiny_world import make_world, tiny_config, tiny_sac
 from mtrl_imgrad import train
 from mtrl_imgrad.aggregators import Mean
 from mtrl_imgrad.config import Config, to_dict
-from mtrl_imgrad.run_description import command_line, create_run, read_config
+from mtrl_imgrad.run_description import command_line, create_run, processor, read_config, source_commit
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,12 @@ class TestRunFolder:
     def test_its_configuration_is_read_back(self, run):
         sac = tiny_sac(steps=60, warmup=40, batch_per_task=8)
         assert read_config(run) == tiny_config(run, aggregator=Mean(), sac=sac)
+
+    def test_it_says_what_ran_and_where(self, run):
+        (entry,) = json.loads((run / "versions.json").read_text())
+        assert entry["commit"] == source_commit()
+        assert entry["processor"] == processor() != ""
+        assert entry["cores"] == os.cpu_count()
 
     @pytest.mark.parametrize(
         ("program", "typed"),
@@ -109,3 +119,22 @@ class TestRunFolders:
         with pytest.raises(ValueError, match="Rule is defined in a script"):
             create_run(Config(run_dir=str(tmp_path / "run"), aggregator=rule()), {})
         assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not shutil.which("git"), reason="git is not installed")
+def test_the_commit_is_that_of_the_files_own_checkout(tmp_path, monkeypatch):
+    identity = {f"GIT_{who}_{what}": "a@b.c" for who in ("AUTHOR", "COMMITTER") for what in ("NAME", "EMAIL")}
+    for name, value in identity.items():
+        monkeypatch.setenv(name, value)
+    tracked, other = tmp_path / "package.py", tmp_path / "other.py"
+    for path in (tracked, other):
+        path.write_text("old\n")
+    for arguments in (["init"], ["add", tracked.name], ["commit", "-m", "first"], ["tag", "v1"]):
+        subprocess.run(["git", "-C", str(tmp_path), *arguments], check=True, capture_output=True)
+    head = (tmp_path / ".git/logs/HEAD").read_text().split()[1]
+    assert source_commit(tracked) == head
+    assert source_commit(other) == ""
+    tracked.write_text("new\n")
+    assert source_commit(tracked) == f"{head}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert source_commit(tracked) == "", "without git"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -218,6 +219,47 @@ class TestRandomStarts:
         assert not counts[0].any()
         assert set(counts[1:].unique().tolist()) == {0, 1, 2, 3}
         assert (random.int().diff(dim=1) <= 0).all(), "they come first"
+
+
+class TestCorrelatedNoise:
+    """Lag-1 correlation, within episodes of 10, of the normal numbers behind the decisions: 7,200 pairs, so that its
+    standard deviation is 0.012."""
+
+    envs = EnvsConfig(horizon=10, envs_per_task=4)
+    none = EvalConfig(every=0, final=False)
+
+    def lag_1(self, folder: Path, normal: Callable[[torch.Tensor], torch.Tensor]) -> float:
+        actions = replay_of(folder)["actions"][:250].double().clamp(-0.999999, 0.999999)
+        episodes = normal(actions).unflatten(0, (25, 10))
+        return float((episodes[:, 1:] * episodes[:, :-1]).mean() / episodes.square().mean())
+
+    @pytest.mark.parametrize("rho", [0.0, 0.7])
+    def test_the_policys_decisions_have_it(self, tmp_path, monkeypatch, rho):
+        """Those of a policy with mean 0 and standard deviation 1."""
+        monkeypatch.setattr(Learner, "act", lambda self, rows, noise: noise.tanh())
+        sac = tiny_sac(steps=1000, warmup=0, batch_per_task=1, noise_correlation=rho)
+        folder = train(short_config(tmp_path / "run", envs=self.envs, sac=sac, eval=self.none), make_world=make_world)
+        assert self.lag_1(folder, torch.atanh) == pytest.approx(rho, abs=0.05)
+
+    @pytest.mark.parametrize("rho", [0.0, 0.7])
+    def test_random_starts_have_it(self, tmp_path, rho):
+        """Of up to 1,000 decisions, so that almost all of episodes of 10 are random ones."""
+        sac = tiny_sac(steps=1000, warmup=1000, noise_correlation=rho, random_start=1000)
+        folder = train(short_config(tmp_path / "run", envs=self.envs, sac=sac, eval=self.none), make_world=make_world)
+        # The first episode has none.
+        assert self.lag_1(folder, torch.erfinv) == pytest.approx(24 / 25 * rho, abs=0.05)
+
+
+class TestScalingByReturns:
+    @pytest.mark.parametrize("measure", ["largest", "rms"])
+    def test_returns_begin_anew_with_each_episode(self, tmp_path, measure):
+        """Reward 1 in episodes of 10 steps, of which there are 12: G is (1 - gamma^i) / (1 - gamma) after i steps."""
+        sac = tiny_sac(steps=120, warmup=40, batch_per_task=8, gamma=0.9, return_scaling=measure)
+        folder = train(short_config(tmp_path / "run", sac=sac), make_world=partial(make_world, constant_reward=1.0))
+        returns = (1 - 0.9 ** np.arange(1, 11)) / (1 - 0.9)
+        expected = returns.max() if measure == "largest" else np.sqrt((returns**2).mean())
+        found = load_checkpoint(folder, CPU)[1]["learner"]["return_size"]
+        assert found.tolist() == pytest.approx([expected] * TASKS)
 
 
 class TestStoredTransitions:

@@ -102,19 +102,29 @@ def task_weights(group: Group, side: str, tasks: Sequence[str]) -> Weights | Non
 
 def cost(run: RunFolder) -> Cost | None:
     """What a run took so far; None before its first row."""
-    elapsed = _known(run, "time/elapsed")
+    elapsed = elapsed_seconds(run)
     if not elapsed:
         return None
-    # The clock starts anew with each resume, and a resume removes the rows after the step that it goes on from: the
-    # last value of each part is added up. A fall of the clock would not show a part that took longer than all before.
+    minutes = elapsed[max(elapsed)] / 60
+    return Cost(minutes, *(_median(run, f"time/{name}_ms") for name in ("update", "stepping")))
+
+
+def elapsed_seconds(run: RunFolder) -> dict[float, float]:
+    """Simulator steps per task at each row -> wall-clock seconds of training up to it, over all resumes."""
+    # The clock starts anew with each resume, and a resume removes the rows after the step that it goes on from. A fall
+    # of the clock would not show a part that took longer than all before.
     starts: list[int] = []
     for entry in run.versions:
         start = int(entry.get("from_step", 0))
         starts = [*(earlier for earlier in starts if earlier < start), start]
-    steps = list(elapsed)
-    parts = np.searchsorted(starts, steps, side="left")
-    seconds = sum({part: elapsed[step] for part, step in zip(parts.tolist(), steps, strict=True)}.values())
-    return Cost(seconds / 60, *(_median(run, f"time/{name}_ms") for name in ("update", "stepping")))
+    found: dict[float, float] = {}
+    before, newest, part = 0.0, 0.0, 0
+    for step, seconds in _known(run, "time/elapsed").items():
+        own = int(np.searchsorted(starts, step, side="left"))
+        before, part = (before, part) if own == part else (before + newest, own)
+        newest = seconds
+        found[step] = before + seconds
+    return found
 
 
 def _known(run: RunFolder, tag: str) -> dict[float, float]:
