@@ -1,4 +1,5 @@
-"""What docs/results.md says is what the run folders beside it hold, and these are runs of the recipe as it is."""
+"""What docs/results.md and the README say of MT10 is what the run folders hold, and these are runs of the recipe as it
+is, by the commands on the page."""
 
 from __future__ import annotations
 
@@ -10,7 +11,9 @@ from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
+from scipy import stats
 
 from mtrl_imgrad.cli import parse
 from mtrl_imgrad.comparison.command import planned
@@ -18,22 +21,28 @@ from mtrl_imgrad.config import to_dict
 from mtrl_imgrad.overlays import parse_config
 from mtrl_imgrad.report.command import ReportOptions
 from mtrl_imgrad.report.data import csv_files
+from mtrl_imgrad.report.diagnostics import cost
 from mtrl_imgrad.report.groups import select
 from mtrl_imgrad.report.results import results
 from mtrl_imgrad.run_description import read_config
 from mtrl_imgrad.run_folder import read_run_folder
 
-RESULTS = Path(__file__).parents[1] / "docs/results"
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "docs/results"
 PAGE = RESULTS.with_suffix(".md").read_text()
-FLAGS = {"mt10_laptop": [], "mt10_laptop_20000": ["--sac.steps", "160000", "--eval.every", "40000"]}
-"""Folder of runs -> in what they differ from the recipe."""
-FOLDERS = {group: sorted((RESULTS / group).glob("*-s*/")) for group in FLAGS}
-THE_HOUR, SHORT = FOLDERS.values()
+COMMANDS = PAGE.split("```bash\n")[1].split("```")[0].splitlines()
+COMPARISONS = {
+    runs[0].folder.parent.name: runs
+    for runs in (planned(shlex.split(line, comments=True)[2:])[1] for line in COMMANDS if " compare " in line)
+}
+"""Folder of runs -> the runs that the page's command for it trains, published or not."""
+FOLDERS = {group: sorted((RESULTS / group).glob("*-s*/")) for group in COMPARISONS}
+RECIPE, SHORT, SB3 = FOLDERS.values()
 
 
-def table(heading: str) -> list[list[str]]:
-    """The rows of a table of the page, without its head."""
-    section = PAGE.split(f"## {heading}\n")[1].split("\n## ")[0]
+def table(heading: str, page: str = PAGE) -> list[list[str]]:
+    """The rows of the first table under a heading, without its head."""
+    section = re.split(r"\n##+ ", page.split(f"## {heading}\n")[1])[0]
     rows = [line.strip("| ").split(" | ") for line in section.splitlines() if line.startswith("|")]
     return rows[2:]
 
@@ -73,14 +82,20 @@ def method_and_seed(folder: Path) -> list[str]:
     return [f"`{method}`", seed]
 
 
-@pytest.mark.parametrize("folder", [*THE_HOUR, *SHORT], ids=lambda folder: f"{folder.parent.name}/{folder.name}")
+def won_and_minutes(folder: Path) -> tuple[str, str]:
+    """Episodes with success in the final evaluation, and wall-clock minutes of training."""
+    successes = [float(row["success"]) for row in rows_of(folder, "eval.csv")]
+    taken = cost(read_run_folder(folder))
+    assert taken
+    assert len(successes) == 500
+    return f"{sum(successes):.0f}", f"{taken.minutes:.1f}"
+
+
+@pytest.mark.parametrize("folder", [*RECIPE, *SHORT, *SB3], ids=lambda folder: f"{folder.parent.name}/{folder.name}")
 class TestEachRun:
-    def test_it_differs_from_the_recipe_in_aggregator_seed_place_and_what_the_page_says(self, folder):
-        method, seed = folder.name.rsplit("-s", 1)
-        own = ["--aggregator", method, "--seed", seed, *FLAGS[folder.parent.name]]
-        recipe = parse_config(["--config", "mt10_laptop", *own])
-        found = read_config(folder)
-        assert to_dict(replace(found, run_dir=recipe.run_dir)) == to_dict(recipe)
+    def test_it_is_a_run_of_the_command_on_the_page(self, folder):
+        (run,) = (run for run in COMPARISONS[folder.parent.name] if run.name == folder.name)
+        assert to_dict(replace(read_config(folder), run_dir="")) == to_dict(run.config)
 
     def test_it_was_evaluated_at_its_last_step_once_on_every_goal(self, folder):
         rows = rows_of(folder, "eval.csv")
@@ -96,17 +111,36 @@ class TestEachRun:
 
 def test_the_table_of_runs_has_every_run_with_its_success_and_minutes():
     expected = []
-    for folder in THE_HOUR:
-        successes = [float(row["success"]) for row in rows_of(folder, "eval.csv")]
-        minutes = float(rows_of(folder, "progress.csv")[-1]["time/elapsed"]) / 60
-        expected.append([*method_and_seed(folder), f"{sum(successes):.0f} of {len(successes)}", f"{minutes:.1f}"])
+    for folder in (*RECIPE, *SB3):
+        won, minutes = won_and_minutes(folder)
+        expected.append([*method_and_seed(folder), f"{won} of 500", minutes])
     assert table("Runs") == expected
-    assert expected
+
+
+def test_the_readme_has_the_same_runs():
+    expected: dict[str, list[list[str]]] = {}
+    for folder in (*RECIPE, *SB3):
+        method, seed = method_and_seed(folder)
+        expected.setdefault(method, []).append([seed, *won_and_minutes(folder)])
+    found = {method: cells for method, *cells in table("MT10 on two CPU cores", (ROOT / "README.md").read_text())}
+    assert found == {
+        method: [", ".join(cells) for cells in zip(*rows, strict=True)] for method, rows in expected.items()
+    }
+
+
+def test_the_table_of_tasks_has_their_mean_over_the_seeds():
+    rates: dict[str, dict[str, list[float]]] = {}
+    for folder in (*RECIPE, *SB3):
+        for row in rows_of(folder, "eval.csv"):
+            of_task = rates.setdefault(row["task"], {})
+            of_task.setdefault(method_and_seed(folder)[0], []).append(float(row["success"]))
+    expected = [[f"`{task}`", *(f"{np.mean(x):.2f}" for x in by.values())] for task, by in rates.items()]
+    assert table("Tasks") == expected
 
 
 def test_the_table_of_curves_has_every_evaluation_while_training():
     expected = []
-    for folder in THE_HOUR:
+    for folder in RECIPE:
         by_step: dict[int, list[float]] = {}
         for row in rows_of(folder, "eval_training.csv"):
             by_step.setdefault(int(row["step"]), []).append(float(row["success"]))
@@ -115,7 +149,7 @@ def test_the_table_of_curves_has_every_evaluation_while_training():
     assert table("Success while training") == expected
 
 
-@pytest.mark.parametrize("group", FLAGS)
+@pytest.mark.parametrize("group", FOLDERS)
 def test_the_report_beside_the_runs_is_the_report_on_them(group):
     for name, text in report_on(group).items():
         published = (RESULTS / f"{group}_report" / name).read_text()
@@ -149,14 +183,34 @@ def test_the_table_of_the_short_comparison_is_that_of_its_report():
     assert table("Five rules after 20,000 updates") == expected
 
 
-def test_its_commands_are_accepted_and_the_comparisons_take_what_is_published_for_finished(tmp_path, monkeypatch):
-    lines = PAGE.split("```bash\n")[1].split("```")[0].splitlines()
-    train, _, *compare, report, short_report = (shlex.split(line, comments=True)[2:] for line in lines)
-    assert to_dict(parse_config(train)) == to_dict(read_config(RESULTS / "mt10_laptop/imgrad-s1"))
-    assert all(parse(ReportOptions, words, "report").runs for words in (report, short_report))
+def test_stable_baselines3s_interval_is_that_of_its_report_and_the_difference_to_it_is_that_of_the_seeds():
+    (row,) = (row for row in rows_in(report_on("mt10_laptop_sb3")["estimates.csv"]) if row["quantity"] == "mean")
+    assert f"{len(SB3)} seeds: {interval(row)}" in PAGE
+    success = {folder.name: int(won_and_minutes(folder)[0]) / 500 for folder in (*RECIPE, *SB3)}
+    ours = [success[folder.name.replace("sb3-sac", "imgrad")] for folder in SB3]
+    paired = stats.ttest_rel(ours, [success[folder.name] for folder in SB3])
+    low, high = paired.confidence_interval(0.95)
+    difference = np.mean(ours) - np.mean([success[folder.name] for folder in SB3])
+    assert f"by seed: {difference:+.2f} [{low:+.2f}, {high:+.2f}]" in PAGE
+
+
+def test_the_other_commands_are_accepted_and_make_what_is_published():
+    """Those that are no `compare`."""
+    trains = [shlex.split(line, comments=True)[2:] for line in COMMANDS if " train " in line]
+    assert [to_dict(parse_config(words)) for words in trains] == [
+        to_dict(read_config(RESULTS / "mt10_laptop/imgrad-s1"))
+    ]
+    reports = [
+        parse(ReportOptions, shlex.split(line, comments=True)[2:], "report") for line in COMMANDS if " report " in line
+    ]
+    assert [(options.runs, options.out) for options in reports] == [
+        ((Path(f"docs/results/{group}"),), Path(f"docs/results/{group}_report")) for group in FOLDERS
+    ]
+
+
+def test_a_comparison_takes_what_is_published_for_finished(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for (group, folders), words in zip(FOLDERS.items(), compare, strict=True):
+    for group, folders in FOLDERS.items():
         shutil.copytree(RESULTS / group, tmp_path / "runs" / group)
-        states = {run.name: run.state() for run in planned(words)[1]}
-        assert len(states) == 15
+        states = {run.name: run.state() for run in COMPARISONS[group]}
         assert {name for name, state in states.items() if state == "finished"} == {folder.name for folder in folders}
