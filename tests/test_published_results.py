@@ -187,11 +187,17 @@ def test_stable_baselines3s_interval_is_that_of_its_report_and_the_difference_to
     (row,) = (row for row in rows_in(report_on("mt10_laptop_sb3")["estimates.csv"]) if row["quantity"] == "mean")
     assert f"{len(SB3)} seeds: {interval(row)}" in PAGE
     success = {folder.name: int(won_and_minutes(folder)[0]) / 500 for folder in (*RECIPE, *SB3)}
-    ours = [success[folder.name.replace("sb3-sac", "imgrad")] for folder in SB3]
-    paired = stats.ttest_rel(ours, [success[folder.name] for folder in SB3])
-    low, high = paired.confidence_interval(0.95)
-    difference = np.mean(ours) - np.mean([success[folder.name] for folder in SB3])
-    assert f"by seed: {difference:+.2f} [{low:+.2f}, {high:+.2f}]" in PAGE
+    theirs = np.array([success[folder.name] for folder in SB3])
+    ours = np.array([success[folder.name.replace("sb3-sac", "imgrad")] for folder in SB3])
+    low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
+    assert f"by seed: {(ours - theirs).mean():+.2f} [{low:+.2f}, {high:+.2f}]" in PAGE
+
+
+def test_the_difference_between_imgrad_and_the_mean_is_that_of_the_report():
+    (row,) = (row for row in rows_in(report_on("mt10_laptop")["pairs.csv"]) if row["quantity"] == "difference by seed")
+    value, low, high = (float(row[key]) for key in ("value", "low", "high"))
+    assert (row["a"], row["b"]) == ("imgrad", "mean")
+    assert f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" in PAGE
 
 
 def test_the_other_commands_are_accepted_and_make_what_is_published():
