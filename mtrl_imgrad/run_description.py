@@ -146,7 +146,7 @@ def processor() -> str:
     with contextlib.suppress(OSError, StopIteration):  # Linux
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return platform.processor()
+    return platform.processor() or platform.machine()
 
 
 def command_line(arguments: Sequence[str]) -> str:
