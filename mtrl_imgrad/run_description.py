@@ -114,12 +114,12 @@ def describe_run(folder: Path, config: Config, step: int) -> None:
         ValueError: versions.json is damaged.
         OSError: something cannot be written.
     """
-    versions = {"mtrl_imgrad": __version__, "commit": source_commit()} | {name: version(name) for name in PACKAGES}
-    machine = {"python": platform.python_version(), "processor": processor(), "cores": os.cpu_count()}
     history = folder / "versions.json"
     entries = read_json(history) if history.exists() else []
     if not isinstance(entries, list) or not all(isinstance(earlier, dict) for earlier in entries):
         raise ValueError(f"run: {history} must be a list of versions, as the run wrote it.")
+    versions = {"mtrl_imgrad": __version__, "commit": source_commit()} | {name: version(name) for name in PACKAGES}
+    machine = {"python": platform.python_version(), "processor": processor(), "cores": os.cpu_count()}
     entries.append({"from_step": step, "protocol": config.protocol} | machine | versions)
     append_whole(folder / "command.txt", f"{command_line(sys.argv)}\n")
     write_whole(history, json.dumps(entries, indent=1))
