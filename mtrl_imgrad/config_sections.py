@@ -128,12 +128,14 @@ class SacConfig:
     """Transitions of each task in one update."""
     noise_correlation: float = 0.0
     """Correlation rho of the policy's noise from one decision to the next, in training: n <- rho n + sqrt(1 - rho^2) w
-    with w standard normal, and so is n. 0 is SAC's white noise; correlated noise explores further (Eberhard et al.
-    2023, of pink noise)."""
+    with w standard normal, and so is n. 0 is SAC's white noise; correlated noise explores further. A discretised
+    Ornstein-Uhlenbeck process, as DDPG's (Lillicrap et al. 2016), in the place of SAC's own noise as Eberhard et al.
+    (2023) do it; they prefer pink noise to it, which one number of state per action entry cannot give."""
     random_start: int = 0
     """Most decisions at the start of a training episode that are uniformly random instead of the policy's, correlated
     as its noise is. Each episode but the first draws its number between 0 and this, so that the policy finds itself in
-    other places than those that it seeks. Our own; an episode shorter than its number is random from end to end."""
+    other places than those that it seeks. We know of no source for it. An episode shorter than its number is random
+    from end to end."""
     updates_per_step: int = 1
     """Gradient updates after each vector step."""
     gamma: float = 0.99
@@ -158,7 +160,7 @@ class SacConfig:
     """Initial temperature alpha of every task (classic SAC: 1)."""
     min_temperature: float = 0.0
     """Lower bound of every temperature. Where values hardly differ between actions, a temperature at its bound lets the
-    policy's entropy rise above target_entropy. Our own."""
+    policy's entropy rise above target_entropy. We know of no source for it."""
     target_entropy: float = -4.0
     """Entropy in nats that the temperature steers each task's policy to (classic SAC: minus the number of action
     entries, -4)."""

@@ -66,9 +66,10 @@ def observe_returns(
     each of them has got. SimbaV2 (Lee et al. 2025, arXiv 2502.15280, reward scaling) has the same G and divides by
     `max(sqrt(var G), max |G| / 5)`; BRC (Nauman et al. 2025, arXiv 2505.23150) by the largest return-to-go of an
     episode over 10, per task. `largest` takes BRC's measure of SimbaV2's G, without what BRC adds for the steps after a
-    truncation and for entropy; `rms` is SimbaV2's without the bound, about 0 instead of the mean. As G grows from 0 in
-    each episode, a value is larger than its `rms`: 1.4 times for a constant reward in episodes of 100 decisions at
-    gamma 0.97. Rewards are stored as they are, so that a new size scales old transitions too. All in float64, where the
+    truncation and for entropy; `rms` is SimbaV2's without the bound, about 0 instead of the mean; Schaul et al. (2021,
+    arXiv 2105.05347, return-based scaling) have E[G^2] too, beside the variance of rewards. As G grows from 0 in each
+    episode, a value is larger than its `rms`: 1.4 times for a constant reward in episodes of 100 decisions at gamma
+    0.97. Rewards are stored as they are, so that a new size scales old transitions too. All in float64, where the
     square of any float32 reward is finite.
 
     Args:

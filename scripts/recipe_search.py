@@ -35,7 +35,7 @@ ENTRIES = Path(__file__).with_suffix(".yaml")
 START = Path(__file__).with_name("recipe_start.yaml")
 TAGS = {"training": "rollout/success_rate/", "evaluation": "eval/success_rate/"}
 """Success of the episodes since the row before (horizon 200, actions sampled), and of the deterministic policy on a few
-goals (horizon 500)."""
+goals (horizon 500). `final` in the record is the evaluation of the end on all goals."""
 
 COLUMNS: tuple[str, ...] = ("entry", "seed", "of", "step", "updates", "minutes", "task", "success")
 Record: TypeAlias = dict[tuple[str, int], list[dict[str, str]]]
@@ -116,11 +116,17 @@ def read_entries(path: Path) -> list[Entry]:
 
 
 def read_points(folder: Path, kind: str) -> Iterator[Point]:
-    """The success of a run so far, in training or in evaluations."""
+    """The success of a run so far in `training` or in each `evaluation`, or that of its `final` one."""
     if not (folder / "progress.csv").exists():
         return
     run = read_run_folder(folder)
     seconds = elapsed_seconds(run)
+    if kind == "final":
+        if (final := run.final_success) and run.progress:
+            updates, minutes = int(run.progress["train/updates"][-1]), seconds[run.progress["step"][-1]] / 60
+            rates = dict(zip(final.tasks, final.success[-1].tolist(), strict=True))
+            yield Point(int(final.steps[-1]), updates, minutes, rates)
+        return
     rates = {tag.removeprefix(TAGS[kind]): rate for tag, rate in run.progress.items() if tag.startswith(TAGS[kind])}
     for row, (step, updates) in enumerate(zip(run.progress["step"], run.progress["train/updates"], strict=True)):
         success = {task: float(rate[row]) for task, rate in rates.items() if np.isfinite(rate[row])}
@@ -159,7 +165,7 @@ def read_record(path: Path) -> Record:
 
 def rows_of(run: Run) -> Iterator[dict[str, str]]:
     """What curves.csv has of a run folder."""
-    for kind in TAGS:
+    for kind in (*TAGS, "final"):
         for point in read_points(run.folder, kind):
             at = (point.step, point.updates, round(point.minutes, 2))
             for task, rate in point.success.items():
@@ -180,23 +186,26 @@ def means(rows: Sequence[dict[str, str]], kind: str) -> dict[int, dict[str, floa
     return found
 
 
+def last(found: dict[int, dict[str, float]]) -> str:
+    """Mean success at the newest of some points, and when that was."""
+    return f"{statistics.mean(found[max(found)].values()):.2f} at {max(found):,}" if found else ""
+
+
 def table_row(entry: Entry, seed: int, rows: Sequence[dict[str, str]], updates: Sequence[int]) -> str:
-    """Mean success in training, in the last row before each number of updates and in the last of all, and that of the
-    last evaluation."""
-    training, evaluation = means(rows, "training"), means(rows, "evaluation")
-    last = max(training)
+    """Mean success in training, in the last row before each number of updates and in the last of all, that of the last
+    evaluation on a few goals and that of the one on all; and the tasks that the latter, or else the former, found
+    wanting."""
+    training, evaluation, final = (means(rows, kind) for kind in (*TAGS, "final"))
     reached = [max((at for at in training if at <= each), default=None) for each in updates]
     cells = [
-        f"{statistics.mean(training[at].values()):.2f}" if at is not None and last >= 0.95 * each else ""
+        f"{statistics.mean(training[at].values()):.2f}" if at is not None and max(training) >= 0.95 * each else ""
         for at, each in zip(reached, updates, strict=True)
     ]
-    mean, weak = "", ""
-    if evaluation:
-        rates = evaluation[max(evaluation)]
-        mean = f"{statistics.mean(rates.values()):.2f} at {max(evaluation):,}"
-        weak = ", ".join(f"{task.removesuffix('-v3')} {rate:.1f}" for task, rate in rates.items() if rate < 0.8)
-    end = f"{statistics.mean(training[last].values()):.2f} at {last:,}"
-    return f"| {' | '.join([entry.name, entry.what, str(seed), *cells, end, mean, weak])} |"
+    newest = final or evaluation
+    rates = newest[max(newest)] if newest else {}
+    weak = ", ".join(f"{task.removesuffix('-v3')} {rate:.1f}" for task, rate in rates.items() if rate < 0.8)
+    ends = [last(training), last(evaluation), last(final).split(" ")[0]]
+    return f"| {' | '.join([entry.name, entry.what, str(seed), *cells, *ends, weak])} |"
 
 
 def write_results(runs: Sequence[Run], updates: Sequence[int], out: Path) -> None:
@@ -214,7 +223,7 @@ def write_results(runs: Sequence[Run], updates: Sequence[int], out: Path) -> Non
         for rows in record.values():
             writer.writerows(rows)
     head = ["entry", "what", "seed", *(f"{each:,}" for each in updates)]
-    head += ["end of training", "last evaluation", "tasks below 0.8 in it"]
+    head += ["end of training", "last evaluation", "all goals", "tasks below 0.8"]
     lines = [f"| {' | '.join(head)} |", "|---" * len(head) + "|"]
     known = {(run.entry.name, run.seed): run.entry for run in runs}
     lines += [

@@ -6,7 +6,8 @@ import csv
 import shlex
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 
@@ -14,21 +15,31 @@ import pytest
 from recipe_search import ENTRIES, START, Entry, Run, main, read_entries, read_points, train_all, write_results
 from written_runs import write_run
 
+from mtrl_imgrad.config import to_dict
 from mtrl_imgrad.overlays import parse_config
+from mtrl_imgrad.precision import PRODUCT_DTYPES
+from mtrl_imgrad.run_description import read_config
 
+PUBLISHED = Path(__file__).parents[1] / "docs/results/recipe"
 TASKS = ("reach-v3", "push-v3")
 
 
-def written_run(folder: Path, rows: list[tuple[int, int, float, float | None]], starts: Sequence[int] = (0,)) -> None:
+def written_run(
+    folder: Path,
+    rows: Sequence[tuple[int, int, float, float | None]],
+    starts: Sequence[int] = (0,),
+    final: Mapping[str, int] | None = None,
+) -> None:
     """A run with rows of step, updates, elapsed seconds and, where evaluated, the first task's success; the second task
-    never succeeds. In training both have half of the first's success."""
+    never succeeds. In training both have half of the first's success. `final` is how many of 10 goals were reached at
+    the end, by task."""
     progress = []
     for step, updates, elapsed, success in rows:
         rates = (nan, nan, nan, nan) if success is None else (success, 0.0, success / 2, success / 2)
         tags = [f"{part}/success_rate/{task}" for part in ("eval", "rollout") for task in TASKS]
         row = {"step": step, "train/updates": updates, "time/elapsed": elapsed}
         progress.append(row | dict(zip(tags, rates, strict=True)))
-    write_run(folder, tasks=TASKS, progress=progress, starts=starts)
+    write_run(folder, tasks=TASKS, progress=progress, starts=starts, final=final, steps=rows[-1][0])
 
 
 def test_minutes_count_over_all_processes_of_a_resumed_run(tmp_path):
@@ -50,28 +61,32 @@ def test_a_run_without_rows_has_no_points(tmp_path):
 
 def test_the_table_has_what_was_evaluated_by_then_and_only_of_runs_that_got_there(tmp_path, capsys):
     rows = [(step, step // 10, step / 10, rate) for step, rate in ((100, 0.2), (200, 0.4), (300, 0.6), (400, 0.8))]
-    written_run(tmp_path / "long-s11", rows)
+    written_run(tmp_path / "long-s11", rows, final={"reach-v3": 9, "push-v3": 4})
     written_run(tmp_path / "short-s11", rows[:2])
     entries = [Entry("long", "--sac.tau 0.1", "what", (11,)), Entry("short", "", "what", (11, 12))]
     runs = [Run(entry, seed, tmp_path / f"{entry.name}-s{seed}") for entry in entries for seed in entry.seeds]
     write_results(runs, [10, 25, 40], tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
     assert lines == (tmp_path / "out/table.md").read_text().splitlines()
-    cells = [line.split(" | ")[1:8] for line in lines[2:]]
+    cells = [line.split(" | ")[1:9] for line in lines[2:]]
     assert cells == [
-        ["what", "11", "0.10", "0.20", "0.40", "0.40 at 40", "0.40 at 40"],
-        ["what", "11", "0.10", "", "", "0.20 at 20", "0.20 at 20"],
+        ["what", "11", "0.10", "0.20", "0.40", "0.40 at 40", "0.40 at 40", "0.65"],
+        ["what", "11", "0.10", "", "", "0.20 at 20", "0.20 at 20", ""],
     ]
-    assert lines[2].endswith("| push 0.0 |")
+    assert lines[2].endswith("| push 0.4 |")
     assert lines[3].endswith("| reach 0.4, push 0.0 |")
     with (tmp_path / "out/curves.csv").open(newline="") as file:
         found = list(csv.DictReader(file))
-    assert len(found) == 2 * 2 * (4 + 2)
+    assert len(found) == 2 * 2 * (4 + 2) + 2
     columns = ("entry", "seed", "of", "step", "updates", "minutes", "task", "success")
     first = ("long", "11", "training", "100", "10", "0.17", "reach-v3", "0.1")
     assert found[0] == dict(zip(columns, first, strict=True))
     assert found[8]["of"] == "evaluation"
     assert found[8]["success"] == "0.2"
+    assert [tuple(row.values()) for row in found if row["of"] == "final"] == [
+        ("long", "11", "final", "400", "40", "0.67", "reach-v3", "0.9"),
+        ("long", "11", "final", "400", "40", "0.67", "push-v3", "0.4"),
+    ]
 
 
 def test_rows_of_runs_that_are_not_here_stay_and_those_of_runs_that_are_here_are_renewed(tmp_path, capsys):
@@ -90,19 +105,44 @@ def test_rows_of_runs_that_are_not_here_stay_and_those_of_runs_that_are_here_are
     capsys.readouterr()
     write_results(runs, [10], tmp_path / "out")
     lines = capsys.readouterr().out.splitlines()
-    cells = [line.split(" | ")[-4:-1] for line in lines[2:]]
+    cells = [line.split(" | ")[-5:-2] for line in lines[2:]]
     assert cells == [["0.20", "0.20 at 10", "0.20 at 10"], ["0.20", "0.40 at 20", "0.40 at 20"]]
     assert (tmp_path / "out/curves.csv").read_text().startswith(before[: before.index("one,12")])
 
 
-def test_the_published_table_is_that_of_the_published_curves(tmp_path, monkeypatch):
-    published = Path(__file__).parents[1] / "docs/results/recipe"
-    shutil.copy(published / "curves.csv", tmp_path)
-    monkeypatch.setattr(sys, "argv", ["recipe_search.py", "--jobs", "0", "--runs", "none", "--out", str(tmp_path)])
+def test_the_published_record_and_its_table_are_those_of_the_published_runs(tmp_path, monkeypatch):
+    shutil.copy(PUBLISHED / "curves.csv", tmp_path)
+    runs = str(PUBLISHED / "runs")  # of the later entries; of the others there are only their rows in the record
+    monkeypatch.setattr(sys, "argv", ["recipe_search.py", "--jobs", "0", "--runs", runs, "--out", str(tmp_path)])
     main()
+    assert (tmp_path / "curves.csv").read_text() == (PUBLISHED / "curves.csv").read_text()
     table = (tmp_path / "table.md").read_text()
-    assert table == (published / "table.md").read_text()
-    assert f"<!-- table -->\n{table}" in (published.parent.with_name("recipe.md")).read_text()
+    assert table == (PUBLISHED / "table.md").read_text()
+    assert f"<!-- table -->\n{table}" in (PUBLISHED.parent.with_name("recipe.md")).read_text()
+
+
+@pytest.mark.parametrize("folder", sorted((PUBLISHED / "runs").iterdir()), ids=lambda folder: folder.name)
+def test_a_published_run_is_one_of_its_entry(folder):
+    (run,) = (
+        run
+        for entry in read_entries(ENTRIES)
+        for run in (Run(entry, seed, Path(f"{entry.name}-s{seed}")) for seed in entry.seeds)
+        if run.folder.name == folder.name
+    )
+    command = run.command(["--log.every", "8000", "--threads", "1", "--envs.workers", "1"])
+    expected = parse_config([*command[4:], "--run-dir", f"runs/recipe/{folder.name}"])
+    assert to_dict(read_config(folder)) == to_dict(expected)
+
+
+def test_the_entry_of_the_recipe_is_the_recipe():
+    (entry,) = (entry for entry in read_entries(ENTRIES) if entry.name == "recipe")
+    tried = parse_config(["--config", str(START), *shlex.split(entry.flags)])
+    frozen = parse_config(["--config", "mt10_laptop"])
+    assert replace(tried.sac, steps=frozen.sac.steps) == frozen.sac
+    assert replace(tried.envs, workers=frozen.envs.workers) == frozen.envs
+    assert PRODUCT_DTYPES[tried.precision] == PRODUCT_DTYPES[frozen.precision]
+    for part in ("benchmark", "network", "replay", "aggregator", "algorithm"):
+        assert getattr(tried, part) == getattr(frozen, part), part
 
 
 @pytest.mark.parametrize("entry", read_entries(ENTRIES), ids=lambda entry: entry.name)
