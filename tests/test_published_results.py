@@ -7,21 +7,26 @@ import csv
 import re
 import shlex
 import shutil
+import sys
 from dataclasses import replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
+import metaworld_check
 import numpy as np
 import pytest
 from scipy import stats
 
-from mtrl_imgrad.cli import parse
+from mtrl_imgrad.cli import EvaluateOptions, parse
 from mtrl_imgrad.comparison.command import planned
 from mtrl_imgrad.config import to_dict
+from mtrl_imgrad.kept_checkpoints import choose_checkpoint
 from mtrl_imgrad.overlays import parse_config
+from mtrl_imgrad.record import RecordOptions
 from mtrl_imgrad.report.command import ReportOptions
 from mtrl_imgrad.report.data import csv_files
-from mtrl_imgrad.report.diagnostics import cost
+from mtrl_imgrad.report.diagnostics import Cost, cost
 from mtrl_imgrad.report.groups import select
 from mtrl_imgrad.report.results import results
 from mtrl_imgrad.run_description import read_config
@@ -30,14 +35,21 @@ from mtrl_imgrad.run_folder import read_run_folder
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs/results"
 PAGE = RESULTS.with_suffix(".md").read_text()
-COMMANDS = PAGE.split("```bash\n")[1].split("```")[0].splitlines()
+COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL) for line in block.splitlines()]
 COMPARISONS = {
     runs[0].folder.parent.name: runs
     for runs in (planned(shlex.split(line, comments=True)[2:])[1] for line in COMMANDS if " compare " in line)
 }
 """Folder of runs -> the runs that the page's command for it trains, published or not."""
 FOLDERS = {group: sorted((RESULTS / group).glob("*-s*/")) for group in COMPARISONS}
-RECIPE, SHORT, SB3 = FOLDERS.values()
+RECIPE, SHORT, SB3, POLICY = FOLDERS.values()
+REPORTED = list(FOLDERS)[:3]
+"""Groups of runs with a report beside them; the last one is a single run, there for its checkpoint."""
+PROCESSORS = {"AMD EPYC": "EPYC 9004", "Intel(R) Xeon(R) Processor": "Xeon"}
+"""What a processor calls itself -> what the page calls it."""
+NOTED = dict.fromkeys(("imgrad-s1", "imgrad-s2", "imgrad-s3", "mean-s1"), "EPYC 7003") | {"mean-s2": "Xeon"}
+NOTED |= dict.fromkeys(("sb3-sac-s1", "sb3-sac-s2"), "EPYC 9004")
+"""Processors of runs that began before versions.json had them, as noted when they ran."""
 
 
 def table(heading: str, page: str = PAGE) -> list[list[str]]:
@@ -82,16 +94,22 @@ def method_and_seed(folder: Path) -> list[str]:
     return [f"`{method}`", seed]
 
 
+def cost_of(folder: Path) -> Cost:
+    taken = cost(read_run_folder(folder))
+    assert taken
+    return taken
+
+
 def won_and_minutes(folder: Path) -> tuple[str, str]:
     """Episodes with success in the final evaluation, and wall-clock minutes of training."""
     successes = [float(row["success"]) for row in rows_of(folder, "eval.csv")]
-    taken = cost(read_run_folder(folder))
-    assert taken
     assert len(successes) == 500
-    return f"{sum(successes):.0f}", f"{taken.minutes:.1f}"
+    return f"{sum(successes):.0f}", f"{cost_of(folder).minutes:.1f}"
 
 
-@pytest.mark.parametrize("folder", [*RECIPE, *SHORT, *SB3], ids=lambda folder: f"{folder.parent.name}/{folder.name}")
+@pytest.mark.parametrize(
+    "folder", [*chain(*FOLDERS.values())], ids=lambda folder: f"{folder.parent.name}/{folder.name}"
+)
 class TestEachRun:
     def test_it_is_a_run_of_the_command_on_the_page(self, folder):
         (run,) = (run for run in COMPARISONS[folder.parent.name] if run.name == folder.name)
@@ -107,16 +125,21 @@ class TestEachRun:
         assert sorted(visited) == sorted((task, goal) for task in run.tasks for goal in range(50))
 
     def test_nothing_in_it_names_a_place_on_the_machine(self, folder):
-        for path in folder.iterdir():
-            assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users)\b", path.read_text()), path
+        for path in folder.rglob("*"):
+            if path.is_file() and path.suffix != ".safetensors":
+                assert not re.search(r"(?<![\w.])/(home|root|tmp|work|Users)\b", path.read_text()), path
 
 
-def test_the_table_of_runs_has_every_run_with_its_success_and_minutes():
+def test_the_table_of_runs_has_every_run_with_its_success_and_what_it_took():
     expected = []
     for folder in (*RECIPE, *SB3):
         won, minutes = won_and_minutes(folder)
-        expected.append([*method_and_seed(folder), f"{won} of 500", minutes])
-    assert table("Runs") == expected
+        expected.append([*method_and_seed(folder), f"{won} of 500", minutes, f"{cost_of(folder).update_ms:.0f}"])
+    found = table("Runs")
+    assert [row[:-1] for row in found] == expected
+    for row, folder in zip(found, (*RECIPE, *SB3), strict=True):
+        recorded = read_run_folder(folder).package("processor")
+        assert row[-1] == (NOTED[folder.name] if recorded == "unknown" else PROCESSORS[recorded])
 
 
 def test_the_readme_has_the_same_runs():
@@ -143,15 +166,16 @@ def test_the_table_of_tasks_has_their_mean_over_the_seeds():
 def test_the_table_of_curves_has_every_evaluation_while_training():
     expected = []
     for folder in RECIPE:
-        by_step: dict[int, list[float]] = {}
-        for row in rows_of(folder, "eval_training.csv"):
-            by_step.setdefault(int(row["step"]), []).append(float(row["success"]))
-        assert list(by_step) == [80_000, 160_000, 240_000, 320_000, 400_000]
-        expected.append([*method_and_seed(folder), *(f"{sum(x) / len(x):.2f}" for x in by_step.values())])
+        curve = read_run_folder(folder).training_curve
+        assert curve
+        assert list(curve.steps) == [80_000, 160_000, 240_000, 320_000, 400_000]
+        after_20_000 = zip(curve.tasks, curve.success[1], strict=True)
+        weak = ", ".join(f"`{task.removesuffix('-v3')}`" for task, rate in after_20_000 if rate < 0.8)
+        expected.append([*method_and_seed(folder), *(f"{row.mean():.2f}" for row in curve.success), weak])
     assert table("Success while training") == expected
 
 
-@pytest.mark.parametrize("group", FOLDERS)
+@pytest.mark.parametrize("group", REPORTED)
 def test_the_report_beside_the_runs_is_the_report_on_them(group):
     for name, text in report_on(group).items():
         published = (RESULTS / f"{group}_report" / name).read_text()
@@ -193,6 +217,9 @@ def test_stable_baselines3s_interval_is_that_of_its_report_and_the_difference_to
     ours = np.array([success[folder.name.replace("sb3-sac", "imgrad")] for folder in SB3])
     low, high = stats.ttest_rel(ours, theirs).confidence_interval(0.95)
     assert f"by seed: {(ours - theirs).mean():+.2f} [{low:+.2f}, {high:+.2f}]" in PAGE
+    curves = [read_run_folder(folder).training_curve for folder in SB3]
+    late = np.mean([curve.success[curve.steps >= 800_000].mean(1) for curve in curves if curve], 0)
+    assert f"after 800,000 steps ({', '.join(f'{rate:.2f}' for rate in late)} on average)" in PAGE
 
 
 def test_the_difference_between_imgrad_and_the_mean_is_that_of_the_report():
@@ -212,7 +239,7 @@ def test_the_other_commands_are_accepted_and_make_what_is_published():
         parse(ReportOptions, shlex.split(line, comments=True)[2:], "report") for line in COMMANDS if " report " in line
     ]
     assert [(options.runs, options.out) for options in reports] == [
-        ((Path(f"docs/results/{group}"),), Path(f"docs/results/{group}_report")) for group in FOLDERS
+        ((Path(f"docs/results/{group}"),), Path(f"docs/results/{group}_report")) for group in REPORTED
     ]
 
 
@@ -222,3 +249,41 @@ def test_a_comparison_takes_what_is_published_for_finished(tmp_path, monkeypatch
         shutil.copytree(RESULTS / group, tmp_path / "runs" / group)
         states = {run.name: run.state() for run in COMPARISONS[group]}
         assert {name for name, state in states.items() if state == "finished"} == {folder.name for folder in folders}
+
+
+class TestTheRunWithACheckpoint:
+    """It is seed 1 of IMGrad once more, on the processor of the short runs."""
+
+    def test_the_page_says_what_it_reached(self):
+        won, minutes = won_and_minutes(POLICY[0])
+        assert f"{won} of 500 in {minutes} minutes" in PAGE
+        place = choose_checkpoint(POLICY[0]).place
+        assert f"{sum(path.stat().st_size for path in place.iterdir()) / 1e6:.1f} MB" in PAGE
+        assert f"the run of the last one took {minutes} minutes" in PAGE
+        text = re.sub(r"\s+", " ", PAGE)
+        unseen, other = (
+            [int(row["success"]) for row in rows_of(folder, "unseen_goals.csv")]
+            for folder in (POLICY[0], RESULTS / "mt10_laptop/mean-s3")
+        )
+        assert (len(unseen), len(other)) == (500, 500)
+        assert f"{sum(unseen)} of 500 on goals that training had not seen" in text
+        assert f"solved {sum(unseen)} of 500, that of `mean` 3 {sum(other)}" in text
+
+    def test_the_commands_for_it_are_accepted(self):
+        for command, options in (("evaluate", EvaluateOptions), ("record", RecordOptions)):
+            (line,) = (line for line in COMMANDS if f"mtrl-imgrad {command}" in line)
+            run = parse(options, shlex.split(line, comments=True)[2:], command).run
+            assert RESULTS / run.relative_to("runs") == POLICY[0]
+
+    def test_it_began_as_the_short_run_did_bit_for_bit(self):
+        short = [folder for folder in SHORT if folder.name == POLICY[0].name]
+        long, short = (rows_of(folder, "progress.csv") for folder in (POLICY[0], *short))
+        for one, other in zip(long[: len(short)], short, strict=True):
+            clock = [column for column in one if column.startswith(("time/", "eval/"))]
+            assert {**one, **dict.fromkeys(clock)} == {**other, **dict.fromkeys(clock)}
+
+    def test_its_policy_does_in_metaworlds_environments_what_the_evaluation_says(self, monkeypatch, capsys):
+        monkeypatch.setattr(sys, "argv", ["metaworld_check.py", str(POLICY[0]), "--goals", "1"])
+        with pytest.raises(SystemExit) as ended:
+            metaworld_check.main()
+        assert ended.value.code == 0, capsys.readouterr().out

@@ -19,6 +19,7 @@ from mtrl_imgrad.config import to_dict
 from mtrl_imgrad.overlays import parse_config
 from mtrl_imgrad.precision import PRODUCT_DTYPES
 from mtrl_imgrad.run_description import read_config
+from mtrl_imgrad.run_folder import read_run_folder
 
 PUBLISHED = Path(__file__).parents[1] / "docs/results/recipe"
 TASKS = ("reach-v3", "push-v3")
@@ -132,6 +133,27 @@ def test_a_published_run_is_one_of_its_entry(folder):
     command = run.command(["--log.every", "8000", "--threads", "1", "--envs.workers", "1"])
     expected = parse_config([*command[4:], "--run-dir", f"runs/recipe/{folder.name}"])
     assert to_dict(read_config(folder)) == to_dict(expected)
+
+
+def test_the_table_of_the_ablation_is_that_of_the_published_runs():
+    pieces = ("no-start", "white-noise", "no-floor", "raw-rewards")
+    entries = ("recipe", *(f"recipe-{piece}" for piece in pieces))
+    finals = [[final_success(f"{entry}-s{seed}") for seed in (12, 13)] for entry in entries]
+    rows = {task: [[final[task] for final in both] for both in finals] for task in finals[0][0]}
+    rows["mean"] = [[sum(final.values()) / len(final) for final in both] for both in finals]
+    expected = [[task, *(", ".join(f"{rate:.2f}" for rate in both) for both in rates)] for task, rates in rows.items()]
+    page = PUBLISHED.parent.with_name("recipe.md").read_text()
+    lines = page.split("<!-- ablation -->\n")[1].split("\n\n")[0].splitlines()
+    found = [line.strip("| ").split(" | ") for line in lines]
+    assert found[0] == ["task", *(f"`{entry}`" for entry in entries)]
+    assert found[2:] == expected
+
+
+def final_success(name: str) -> dict[str, float]:
+    """Success on all goals of each task at the end of a published run."""
+    final = read_run_folder(PUBLISHED / "runs" / name).final_success
+    assert final
+    return dict(zip(final.tasks, final.success[-1].tolist(), strict=True))
 
 
 def test_the_entry_of_the_recipe_is_the_recipe():
