@@ -141,11 +141,16 @@ def source_commit(file: Path = Path(__file__)) -> str:
         return ""
 
 
-def processor() -> str:
-    """The processor's name as the system tells it; two of them round differently and differ in speed."""
-    with contextlib.suppress(OSError, StopIteration):  # Linux
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor as the system tells it; two of them round differently and differ in speed.
+
+    Virtual machines may give several generations one name, so on Linux for x86 its family and model are added.
+    """
+    with contextlib.suppress(OSError, KeyError):  # Linux
+        first = cpuinfo.read_text().split("\n\n")[0]
+        told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+        family = [f"family {told['cpu family']}", f"model {told['model']}"] if "cpu family" in told else []
+        return ", ".join([told["model name"], *family])
     return platform.processor() or platform.machine()
 
 

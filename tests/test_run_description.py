@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import platform
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,6 +61,22 @@ class TestRunFolder:
         assert entry["commit"] == source_commit()
         assert entry["processor"] == processor() != ""
         assert entry["cores"] == os.cpu_count()
+
+    @pytest.mark.parametrize(
+        ("lines", "said"),
+        [
+            ("cpu family\t: 26\nmodel\t\t: 2\nmodel name\t: AMD EPYC", "AMD EPYC, family 26, model 2"),
+            ("model name\t: ARMv7 Processor rev 4 (v7l)", "ARMv7 Processor rev 4 (v7l)"),
+            ("CPU architecture: 8", platform.processor() or platform.machine()),
+        ],
+    )
+    def test_a_processor_is_told_from_others_of_its_name(self, lines, said, tmp_path):
+        cpuinfo = tmp_path / "cpuinfo"
+        other = "\n\nmodel name\t: another core"
+        cpuinfo.write_text(f"processor\t: 0\n{lines}{other}\n")
+        assert processor(cpuinfo) == said
+        cpuinfo.unlink()
+        assert processor(cpuinfo) == (platform.processor() or platform.machine())
 
     @pytest.mark.parametrize(
         ("program", "typed"),
