@@ -4,6 +4,7 @@ is, by the commands on the page."""
 from __future__ import annotations
 
 import csv
+import json
 import re
 import shlex
 import shutil
@@ -184,6 +185,15 @@ def test_the_report_beside_the_runs_is_the_report_on_them(group):
             assert row == pytest.approx(expected), name
 
 
+@pytest.mark.parametrize("group", REPORTED)
+def test_the_command_on_the_page_may_replace_the_report(group):
+    """`report` replaces only a folder in which there is nothing but what it wrote."""
+    folder = RESULTS / f"{group}_report"
+    written = json.loads((folder / "report.json").read_text())["files"]
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert there <= {*written, "report.json"}
+
+
 def test_the_table_of_the_short_comparison_is_that_of_its_report():
     report = {name: rows_in(text) for name, text in report_on("mt10_laptop_20000").items()}
     expected = []
@@ -224,9 +234,12 @@ def test_stable_baselines3s_interval_is_that_of_its_report_and_the_difference_to
 
 
 def test_the_difference_between_imgrad_and_the_mean_is_that_of_the_report():
-    (row,) = (row for row in rows_in(report_on("mt10_laptop")["pairs.csv"]) if row["quantity"] == "difference by seed")
+    (row,) = (
+        row
+        for row in rows_in(report_on("mt10_laptop")["pairs.csv"])
+        if (row["a"], row["b"], row["quantity"]) == ("imgrad", "mean", "difference by seed")
+    )
     value, low, high = (float(row[key]) for key in ("value", "low", "high"))
-    assert (row["a"], row["b"]) == ("imgrad", "mean")
     assert f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" in PAGE
 
 
