@@ -87,9 +87,9 @@ def report_on(group: str) -> dict[str, str]:
     return csv_files(results(select([read_run_folder(folder) for folder in FOLDERS[group]])))
 
 
-def interval(row: dict[str, str]) -> str:
-    value, low, high = (float(row[key]) for key in ("value", "low", "high"))
-    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+def interval(row: dict[str, str], digits: int = 2) -> str:
+    value = f"{float(row['value']):.{digits}f}"
+    return f"{value} [{float(row['low']):.{digits}f}, {float(row['high']):.{digits}f}]" if row["low"] else value
 
 
 def method_and_seed(folder: Path) -> list[str]:
@@ -194,8 +194,12 @@ def test_the_command_on_the_page_may_replace_the_report(group):
     assert there <= {*written, "report.json"}
 
 
-def test_the_table_of_the_short_comparison_is_that_of_its_report():
-    report = {name: rows_in(text) for name, text in report_on("mt10_laptop_20000").items()}
+@pytest.mark.parametrize(
+    ("group", "heading", "digits"),
+    [("mt10_laptop", "Five rules to the end", 3), ("mt10_laptop_20000", "Five rules after 20,000 updates", 2)],
+)
+def test_the_table_of_five_rules_is_that_of_the_report(group, heading, digits):
+    report = {name: rows_in(text) for name, text in report_on(group).items()}
     expected = []
     for rule in ("cagrad", "conicgrad", "imgrad", "mean", "pcgrad"):
         own = {row["quantity"]: row for row in report["estimates.csv"] if row["group"] == rule}
@@ -208,16 +212,37 @@ def test_the_table_of_the_short_comparison_is_that_of_its_report():
             if row["quantity"] == "difference by seed" and {row["a"], row["b"]} == {rule, "mean"}:
                 ends = [float(row[key]) for key in ("value", "low", "high")]
                 value, low, high = ends if row["b"] == "mean" else (-ends[0], -ends[2], -ends[1])
-                difference = f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"
+                difference = f"{value:+.{digits}f} [{low:+.{digits}f}, {high:+.{digits}f}]"
         expected.append(
             [
                 f"`{rule}`",
-                *(interval(own[quantity]) for quantity in ("mean", "interquartile mean")),
-                ", ".join(f"{sum(values) / len(values):.2f}" for values in seeds.values()),
+                *(interval(own[quantity], digits) for quantity in ("mean", "interquartile mean")),
+                ", ".join(f"{sum(values) / len(values):.{digits}f}" for values in seeds.values()),
                 difference,
             ]
         )
-    assert table("Five rules after 20,000 updates") == expected
+    assert table(heading) == expected
+
+
+def test_the_table_of_weights_has_the_medians_of_the_second_half():
+    hard = ("push-v3", "pick-place-v3", "peg-insert-side-v3")
+    expected = []
+    for rule in ("cagrad", "conicgrad", "imgrad", "mean", "pcgrad"):
+        rows = [row for seed in (1, 2, 3) for row in rows_of(RESULTS / f"mt10_laptop/{rule}-s{seed}", "progress.csv")]
+        late = [row for row in rows if int(row["step"]) > 200_000]
+        cells = []
+        for part in ("critic", "actor"):
+            easy = [float(row[f"gradients/{part}/weight/reach-v3"]) for row in late]
+            others = [float(row[f"gradients/{part}/weight/{task}"]) for row in late for task in hard]
+            cells += [f"{np.median(easy):.2f}", f"{np.median(others):.2f}"]
+        expected.append([f"`{rule}`", *cells])
+    assert table("Where the weight goes") == expected
+    by_seed = []
+    for seed in (1, 2, 3):
+        rows = rows_of(RESULTS / f"mt10_laptop/cagrad-s{seed}", "progress.csv")
+        late = [row for row in rows if int(row["step"]) > 200_000]
+        by_seed.append(np.median([float(row["gradients/critic/weight/reach-v3"]) for row in late]))
+    assert "(critic: {:.1f}, {:.1f} and {:.1f} with seeds 1, 2, 3)".format(*by_seed) in PAGE
 
 
 def test_stable_baselines3s_interval_is_that_of_its_report_and_the_difference_to_it_is_that_of_the_seeds():
