@@ -149,8 +149,8 @@ def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
     with contextlib.suppress(OSError, KeyError):  # Linux
         first = cpuinfo.read_text().split("\n\n")[0]
         told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
-        family = [f"family {told['cpu family']}", f"model {told['model']}"] if "cpu family" in told else []
-        return ", ".join([told["model name"], *family])
+        kind = [f"{name} {told[key]}" for name, key in (("family", "cpu family"), ("model", "model")) if key in told]
+        return ", ".join([told["model name"], *kind])
     return platform.processor() or platform.machine()
 
 
