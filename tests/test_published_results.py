@@ -274,16 +274,6 @@ def test_stable_baselines3s_interval_is_that_of_its_report_and_the_difference_to
     assert f"after 800,000 steps ({', '.join(f'{rate:.2f}' for rate in late)} on average)" in PAGE
 
 
-def test_the_difference_between_imgrad_and_the_mean_is_that_of_the_report():
-    (row,) = (
-        row
-        for row in rows_in(report_on("mt10_laptop")["pairs.csv"])
-        if (row["a"], row["b"], row["quantity"]) == ("imgrad", "mean", "difference by seed")
-    )
-    value, low, high = (float(row[key]) for key in ("value", "low", "high"))
-    assert f"{value:+.3f} [{low:+.3f}, {high:+.3f}]" in PAGE
-
-
 def test_the_other_commands_are_accepted_and_make_what_is_published():
     """Those that are no `compare`."""
     trains = [shlex.split(line, comments=True)[2:] for line in COMMANDS if " train " in line]
